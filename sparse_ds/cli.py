@@ -1,0 +1,154 @@
+"""Command line: arguments -> one call.
+
+Nothing heavy is imported before the arguments and the configuration are known to be right.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from sparse_ds.config import (
+    RunConfig,
+    UserError,
+    check_accelerate_settings,
+    clear_accelerate_settings,
+    launcher_forces_cpu,
+    load_config,
+)
+
+USER_ERROR_EXIT_CODE = 2
+SECONDS_FOR_RANK_0_TO_SPEAK = 20.0
+"""A rank other than 0 that finds a mistake before the ranks know each other waits so long: rank 0, which most likely
+finds the same, prints it and ends, and the launcher then ends the others. Only a mistake of its own makes it speak."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`sparse-ds COMMAND ...`; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="sparse-ds", description="Sparse fine-tuning on DeepSpeed ZeRO-3.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    _add_train_arguments(commands.add_parser("train", help="fine-tune (under any launcher, or one process)"))
+    report = commands.add_parser("report", help="compare finished runs in one table")
+    report.add_argument("runs", nargs="+", type=Path, help="output folders of runs")
+    arguments = parser.parse_args(argv)
+    if arguments.command == "train":
+        return _train(arguments)
+    return _report(arguments.runs)
+
+
+def train(argv: Sequence[str] | None = None) -> int:
+    """`launcher/train.py ...`: the `train` command alone; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="train.py", description="Sparse fine-tuning on DeepSpeed ZeRO-3. One configuration file is one run."
+    )
+    _add_train_arguments(parser)
+    return _train(parser.parse_args(argv))
+
+
+def _add_train_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", required=True, help="path of a configuration, or a name in configs/")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override one value; repeatable"
+    )
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+
+
+def _report(runs: list[Path]) -> int:
+    from sparse_ds.monitor.report import compare_runs
+
+    try:
+        print(compare_runs(runs))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USER_ERROR_EXIT_CODE
+    return 0
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+    try:
+        config = load_config(arguments.config, arguments.set)
+        _carry_out(config)
+    except UserError as error:
+        return _end_with(error, rank)
+    return 0
+
+
+def _carry_out(config: RunConfig) -> None:
+    from sparse_ds.distributed.launch_environment import complete_environment
+
+    launch = complete_environment(os.environ)
+    forced_cpu = launcher_forces_cpu(os.environ)
+    check_accelerate_settings(config, os.environ, launch.world_size)
+    clear_accelerate_settings(os.environ)
+    config.batch_plan(launch.world_size)
+    _set_up_logging(launch.rank)
+    device_type = _choose_device(config.train.device, forced_cpu)
+    if device_type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    if launch.rank == 0:
+        for warning in config.warnings():
+            logging.getLogger("sparse_ds").warning("%s", warning)
+        if launch.world_size == 1 and launch.launcher == "deepspeed" and device_type == "cpu":
+            print(
+                "sparse_ds: no GPU here, so `deepspeed` started 1 rank on the CPU; for two ranks: "
+                f"deepspeed --num_accelerators 2 {' '.join(sys.argv)}",
+                flush=True,
+            )
+
+    from sparse_ds.training.run import run
+
+    run(config, launch, device_type)
+
+
+def _choose_device(wanted: str, forced_cpu: bool) -> str:
+    import torch
+
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            'train.device: got "cuda", but torch finds no GPU here; expected a machine with one, a torch build for CUDA, '
+            'or train.device "auto" or "cpu".'
+        )
+    if wanted == "cuda" and forced_cpu:
+        raise UserError('train.device: got "cuda", but `accelerate launch` was told to use the CPU; make both the same.')
+    if wanted == "auto":
+        return "cuda" if torch.cuda.is_available() and not forced_cpu else "cpu"
+    return wanted
+
+
+def _set_up_logging(rank: int) -> None:
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
+    ours = logging.getLogger("sparse_ds")
+    ours.handlers = [handler]
+    ours.propagate = False
+    ours.setLevel(logging.INFO if rank == 0 else logging.ERROR)
+    # Libraries speak only when something is wrong, and only once.
+    for name in ("DeepSpeed", "deepspeed", "bitsandbytes", "accelerate", "datasets", "torch.distributed"):
+        logging.getLogger(name).setLevel(logging.WARNING if rank == 0 else logging.ERROR)
+
+
+def _end_with(error: UserError, rank: int) -> int:
+    """Print the mistake once, by rank 0, and end all ranks."""
+    distributed = sys.modules.get("torch.distributed")
+    in_group = distributed is not None and distributed.is_available() and distributed.is_initialized()
+    if rank == 0:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    if in_group:
+        from sparse_ds.distributed import process_group
+
+        # All ranks raised together (`agreement`), so all come here; rank 0 has printed before any of them ends.
+        process_group.stop()
+    elif rank != 0:
+        time.sleep(SECONDS_FOR_RANK_0_TO_SPEAK)
+        print(f"error (rank {rank}): {error}", file=sys.stderr, flush=True)
+    return USER_ERROR_EXIT_CODE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,138 @@
+"""Checks over several fields. They are collected, so that one message names all conflicts of a file.
+
+The checks take the sections that could be read, by name: a section with a mistake of its own is missing, and only the
+checks that need it are skipped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from sparse_ds.config.deepspeed_section import find_deepspeed_problems
+
+if TYPE_CHECKING:
+    from sparse_ds.config.schema import CheckpointConfig, DataConfig, MethodConfig, ModelConfig, TrainConfig
+
+IDLE_KEYS_OF_METHOD: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "sft_ma": {"optimizer": ("betas", "eps")},
+    "full": {
+        "method": ("density", "target_modules", "interval_steps", "estimation_steps", "initial_drop_fraction"),
+        "optimizer": ("momentum",),
+    },
+}
+"""Method -> section -> keys that only another method uses."""
+
+
+def find_conflicts(sections: Mapping[str, Any]) -> list[str]:
+    """One line per conflict between fields, in the order of the sections.
+
+    Args:
+        sections: section name -> its model (the plain dict for `deepspeed`), those that could be read.
+    """
+    found: list[str] = []
+    model, data, method = sections.get("model"), sections.get("data"), sections.get("method")
+    train, checkpoint = sections.get("train"), sections.get("checkpoint")
+    if method is not None:
+        found += _method_conflicts(method, sections)
+    if model is not None:
+        found += _model_conflicts(model, method, train)
+    if train is not None:
+        found += _train_conflicts(train, checkpoint)
+    found += _path_conflicts(model, data, train, checkpoint)
+    if "deepspeed" in sections:
+        found += find_deepspeed_problems(sections["deepspeed"], None if method is None else method.name)
+    return found
+
+
+def find_warnings(sections: Mapping[str, Any]) -> list[str]:
+    """One sentence per setting that is allowed but has no effect. All sections must be there."""
+    model, data, method, train = sections["model"], sections["data"], sections["method"], sections["train"]
+    found = []
+    if model.double_quantization and model.quantization == "none":
+        found.append("model.double_quantization has no effect: model.quantization is none.")
+    if method.name == "sft_ma" and train.max_steps is not None and train.max_steps < method.estimation_steps:
+        found.append(
+            f"No drop-and-grow event will happen: the first is at step {method.estimation_steps} "
+            f"(method.estimation_steps) and train.max_steps is {train.max_steps}."
+        )
+    if data.eval is None:
+        if train.eval_interval_steps is not None:
+            found.append("train.eval_interval_steps has no effect: data.eval is null.")
+        if data.num_eval_samples is not None:
+            found.append("data.num_eval_samples has no effect: data.eval is null.")
+    return found
+
+
+def _method_conflicts(method: MethodConfig, sections: Mapping[str, Any]) -> Iterator[str]:
+    if method.interval_steps <= method.estimation_steps:
+        yield (
+            f"method.interval_steps: got {method.interval_steps}, expected more than method.estimation_steps "
+            f"({method.estimation_steps}): the estimation before an event must fit between two events."
+        )
+    for section, keys in IDLE_KEYS_OF_METHOD[method.name].items():
+        given = sections.get(section)
+        for key in keys:
+            if given is not None and key in given.model_fields_set:
+                yield (
+                    f"{section}.{key}: given, but method.name {method.name} does not use it. Remove it, or choose the "
+                    f"method that does ({'full' if method.name == 'sft_ma' else 'sft_ma'})."
+                )
+
+
+def _model_conflicts(model: ModelConfig, method: MethodConfig | None, train: TrainConfig | None) -> Iterator[str]:
+    if method is not None and method.name == "full" and model.quantization != "none":
+        yield (
+            f"model.quantization: got {model.quantization}, expected none with method.name full: 4-bit weights cannot "
+            "be trained themselves. Set model.quantization to none or method.name to sft_ma."
+        )
+    if model.attention == "flash_attention_2" and model.dtype == "float32":
+        yield (
+            "model.attention: got flash_attention_2, which computes in 16 bits only, with model.dtype float32. Set "
+            "model.dtype to bfloat16 or model.attention to sdpa."
+        )
+    if model.attention == "flash_attention_2" and train is not None and train.device == "cpu":
+        yield (
+            "model.attention: got flash_attention_2, which needs a GPU, with train.device cpu. Set model.attention to "
+            "sdpa."
+        )
+
+
+def _train_conflicts(train: TrainConfig, checkpoint: CheckpointConfig | None) -> Iterator[str]:
+    if train.max_steps is not None and "num_epochs" in train.model_fields_set:
+        yield (
+            f"train.num_epochs: got {train.num_epochs} together with train.max_steps {train.max_steps}. Give one of "
+            "the two (max_steps null: the epochs count)."
+        )
+    if train.global_batch_size is not None:
+        per_rank = train.micro_batch_size * (train.gradient_accumulation_steps or 1)
+        if train.global_batch_size % per_rank != 0:
+            accumulation = (
+                ""
+                if train.gradient_accumulation_steps is None
+                else f" x train.gradient_accumulation_steps ({train.gradient_accumulation_steps})"
+            )
+            yield (
+                f"train.global_batch_size: got {train.global_batch_size}, expected a multiple of "
+                f"train.micro_batch_size ({train.micro_batch_size}){accumulation}."
+            )
+    if train.overwrite and checkpoint is not None and checkpoint.resume == "auto":
+        yield (
+            "train.overwrite: got true (begin anew) together with checkpoint.resume auto (go on from the latest "
+            "checkpoint). Choose one of the two."
+        )
+
+
+def _path_conflicts(
+    model: ModelConfig | None, data: DataConfig | None, train: TrainConfig | None, checkpoint: CheckpointConfig | None
+) -> Iterator[str]:
+    places = {
+        "model.name_or_path": model and model.name_or_path,
+        "data.train": data and data.train,
+        "data.eval": data and data.eval,
+        "train.output_dir": train and train.output_dir,
+        "checkpoint.resume": checkpoint and checkpoint.resume,
+    }
+    for field, place in places.items():
+        if place is not None and str(place).startswith("~"):
+            yield f"{field}: got {place}, expected a path written out: ~ is not expanded."

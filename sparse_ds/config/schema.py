@@ -1,0 +1,303 @@
+"""The configuration of one run: what every section holds, in which unit and range.
+
+One JSON file is one run. `sparse_ds.config.load.load_config` reads it; this file says what it may contain. Each field
+is documented by the text below it, and that text is what an error message quotes. All values are read strictly: `"8"`
+is no integer and `true` is no number, so that a slip in a file is seen before anything starts.
+
+Checks that need more than one field are in `conflicts.py`; the DeepSpeed section is checked by `deepspeed_section.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from sparse_ds.config.conflicts import IDLE_KEYS_OF_METHOD, find_conflicts, find_warnings
+from sparse_ds.config.errors import UserError
+
+PositiveInt = Annotated[int, Field(ge=1)]
+Text = Annotated[str, Field(min_length=1)]
+Tracker = Literal[
+    "azure_ml",
+    "clearml",
+    "codecarbon",
+    "comet_ml",
+    "dagshub",
+    "dvclive",
+    "flyte",
+    "kubeflow",
+    "mlflow",
+    "neptune",
+    "swanlab",
+    "tensorboard",
+    "trackio",
+    "wandb",
+]
+
+
+class BatchPlan(NamedTuple):
+    """How one optimizer step is made of micro batches: `global = micro * accumulation * world_size`."""
+
+    micro_batch_size: int
+    """Samples of one forward and backward on one rank."""
+    gradient_accumulation_steps: int
+    """Micro batches per rank and optimizer step."""
+    global_batch_size: int
+    """Samples of one optimizer step over all ranks."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+class ModelConfig(_Section):
+    """The base model: which, from where, and how its frozen weights are kept."""
+
+    name_or_path: Text = "embedded"
+    """A folder, a name on the model hub, or `embedded`: the small Llama that comes with this package. A relative path
+    is relative to the working directory."""
+    revision: Text | None = None
+    """Branch, tag or commit of a model on the hub; null: its default branch."""
+    quantization: Literal["nf4", "none"] = "nf4"
+    """How the frozen weights of the target linears are kept: 4-bit NF4 in blocks of 64, or as they are."""
+    double_quantization: bool = False
+    """Quantize the NF4 statistics too (0.37 bits less per weight)."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """The dtype in which the model computes and in which everything that is not quantized is kept."""
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """The attention implementation of transformers; `flash_attention_2` needs the flash-attn package and a GPU."""
+
+
+class DataConfig(_Section):
+    """What is learned and what is held out."""
+
+    train: Text = "embedded:train"
+    """A file (JSONL, JSON, CSV, Parquet, text), a saved dataset folder, `owner/name` on the hub, or `embedded:train`. A
+    relative path is relative to the working directory."""
+    eval: Text | None = "embedded:eval"
+    """The held-out data, named like `data.train`; null: no evaluation."""
+    format: Literal["auto", "alpaca", "prompt_completion", "messages", "text"] = "auto"
+    """How one record is laid out; `auto` tells it by the names of its fields."""
+    sequence_length: Annotated[int, Field(ge=2)] = 2048
+    """The longest sample, in tokens; what is longer is cut."""
+    num_eval_samples: PositiveInt | None = None
+    """At most so many samples of `data.eval` are used; null: all."""
+
+
+class MethodConfig(_Section):
+    """Which weights train."""
+
+    name: Literal["sft_ma", "full"] = "sft_ma"
+    """`sft_ma`: a sparse set of weights, moved by drop-and-grow, trained by SM3 (Ansell et al. 2024, arXiv 2401.16405);
+    `full`: every weight, trained by AdamW (the dense baseline)."""
+    density: Annotated[float, Field(gt=0, le=1)] = 0.025
+    """Trained share of each target matrix, a fraction above 0 up to 1; of N weights floor(density * N) train."""
+    target_modules: Annotated[list[Text], Field(min_length=1)] | Literal["all-linear"] = "all-linear"
+    """`all-linear`: every linear layer inside the transformer blocks; or a list of ends of module names, like
+    ["q_proj", "mlp.down_proj"]."""
+    interval_steps: Annotated[int, Field(ge=2)] = 20
+    """S: optimizer steps from one drop-and-grow event to the next; above `method.estimation_steps`."""
+    estimation_steps: PositiveInt = 5
+    """gamma: optimizer steps of estimation before each event; the first event is at step gamma."""
+    initial_drop_fraction: Annotated[float, Field(gt=0, le=1)] = 0.2
+    """alpha, a fraction above 0 up to 1: the event at step t of T drops floor(alpha * (1 - t / T) * K) of K weights,
+    the first event all K, and grows as many; a weight that is dropped and grown stays as it is."""
+
+
+class OptimizerConfig(_Section):
+    """SM3 for `sft_ma`, AdamW for `full`, and the learning rate over the run."""
+
+    learning_rate: Annotated[float, Field(gt=0)]
+    """The highest learning rate, reached after the warm-up; above 0."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decoupled decay, 0 or more: of the deltas, towards the base model (`sft_ma`), or of the weights (`full`)."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Momentum of SM3, from 0 (none, no state) to below 1; `sft_ma` only."""
+    betas: Annotated[
+        tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]], Field(strict=False)
+    ] = (0.9, 0.999)
+    """Decay rates of AdamW's two moments, each from 0 to below 1; `full` only."""
+    eps: Annotated[float, Field(gt=0)] | None = None
+    """AdamW's denominator term, above 0; null: 1e-8; `full` only."""
+    max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
+    """The gradient is scaled down to this global 2-norm; 0: no clipping."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """The learning rate after the warm-up: to 0 in a line or a half cosine, or constant."""
+    warmup_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.03
+    """Share of all optimizer steps in which the learning rate rises from 0, a fraction from 0 to below 1."""
+
+
+class TrainConfig(_Section):
+    """Length, batches and place of the run."""
+
+    output_dir: Text
+    """The folder for everything that the run writes. A relative path is relative to the working directory."""
+    max_steps: PositiveInt | None = None
+    """Optimizer steps, 1 or more; null: as `train.num_epochs` says."""
+    num_epochs: Annotated[float, Field(gt=0)] = 1.0
+    """Passes over the training data, above 0; the alternative to `train.max_steps`."""
+    micro_batch_size: PositiveInt = 1
+    """Samples of one forward and backward on one rank, 1 or more."""
+    gradient_accumulation_steps: PositiveInt | None = None
+    """Micro batches per rank and optimizer step, 1 or more; null: from `train.global_batch_size`, else 1."""
+    global_batch_size: PositiveInt | None = None
+    """Samples of one optimizer step over all ranks, 1 or more; the alternative to `train.gradient_accumulation_steps`:
+    it keeps the run the same on any number of ranks."""
+    eval_micro_batch_size: PositiveInt | None = None
+    """Samples of one forward of evaluation on one rank, 1 or more; null: `train.micro_batch_size`."""
+    eval_interval_steps: PositiveInt | None = None
+    """Evaluate after every so many optimizer steps, 1 or more; null: only before and after."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Seed of the initial indices, the order of the data and everything else, from 0 to 2^32 - 1."""
+    overwrite: bool = False
+    """Begin anew in an output folder that already holds a run."""
+    gradient_checkpointing: bool = False
+    """Compute the activations of each block again in backward: less memory, about a third more work."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train; `auto`: on GPUs where there are any."""
+    cpu_threads: PositiveInt | None = None
+    """Threads of one rank on the CPU, 1 or more; null: the machine's cores shared by its ranks."""
+
+
+class CheckpointConfig(_Section):
+    """Saving the run so that it can go on."""
+
+    interval_steps: PositiveInt | None = None
+    """Save after every so many optimizer steps, 1 or more; null: never."""
+    keep: PositiveInt = 2
+    """How many of the latest checkpoints stay, 1 or more."""
+    resume: Text | None = None
+    """`auto`: go on from the latest checkpoint of `train.output_dir`; a path: from that one; null: begin anew."""
+
+
+class ExportConfig(_Section):
+    """What the run leaves besides the adapter."""
+
+    merged: bool = True
+    """Write the merged dense model, which plain transformers loads."""
+    merged_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """The dtype of the merged model."""
+    max_shard_size: Annotated[str, Field(pattern=r"^[1-9][0-9]*(KB|MB|GB)$")] = "5GB"
+    """The largest file of the merged model: a whole number followed by KB, MB or GB (powers of 1000)."""
+
+
+class MonitorConfig(_Section):
+    """What can be seen while it runs."""
+
+    log_interval_steps: PositiveInt = 1
+    """Write a `step` line to metrics.jsonl after every so many optimizer steps, 1 or more."""
+    progress_bar: bool = True
+    """Show a progress bar on rank 0."""
+    report_to: list[Tracker] = []
+    """Trackers of transformers to report to; each needs its package."""
+    num_sample_prompts: Annotated[int, Field(ge=0)] = 1
+    """Held-out prompts answered before and after the run, 0 or more."""
+    sample_max_tokens: PositiveInt = 48
+    """The longest sample answer, in tokens, 1 or more."""
+
+
+class RunConfig(_Section):
+    """One run."""
+
+    model: ModelConfig = ModelConfig()
+    """The base model."""
+    data: DataConfig = DataConfig()
+    """Training and held-out data."""
+    method: MethodConfig = MethodConfig()
+    """Which weights train."""
+    optimizer: OptimizerConfig
+    """Optimizer and learning rate."""
+    train: TrainConfig
+    """Length, batches and place of the run."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """Saving and going on."""
+    export: ExportConfig = ExportConfig()
+    """What the run leaves."""
+    monitor: MonitorConfig = MonitorConfig()
+    """What can be seen while it runs."""
+    deepspeed: dict[str, Any] = {}
+    """Settings of DeepSpeed that no other section owns, in DeepSpeed's own words (`zero_optimization`, ...)."""
+
+    @model_validator(mode="after")
+    def _refuse_conflicts(self) -> RunConfig:
+        conflicts = find_conflicts(dict(self))
+        if conflicts:
+            raise UserError("\n".join(conflicts))
+        return self
+
+    def batch_plan(self, world_size: int) -> BatchPlan:
+        """The batch numbers for this many ranks.
+
+        Args:
+            world_size: number of ranks, 1 or more.
+
+        Returns:
+            The plan, with `global_batch_size = micro_batch_size * gradient_accumulation_steps * world_size`.
+
+        Raises:
+            UserError: `train.global_batch_size` cannot be reached with `train.micro_batch_size` on so many ranks, or
+                does not fit to a `train.gradient_accumulation_steps` that is given as well.
+        """
+        if world_size < 1:
+            raise ValueError(f"world_size: got {world_size}, expected 1 or more ranks")
+        micro, accumulation = self.train.micro_batch_size, self.train.gradient_accumulation_steps
+        global_size = self.train.global_batch_size
+        if global_size is None:
+            accumulation = accumulation or 1
+            return BatchPlan(micro, accumulation, micro * accumulation * world_size)
+        if accumulation is not None and micro * accumulation * world_size != global_size:
+            raise UserError(
+                f"train.global_batch_size: got {global_size}, but train.micro_batch_size ({micro}) x "
+                f"train.gradient_accumulation_steps ({accumulation}) x ranks ({world_size}) = "
+                f"{micro * accumulation * world_size}. Give only one of train.global_batch_size and "
+                "train.gradient_accumulation_steps."
+            )
+        if global_size % (micro * world_size) != 0:
+            raise UserError(_explain_global_batch(global_size, micro, world_size))
+        return BatchPlan(micro, global_size // (micro * world_size), global_size)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every value of the run in plain JSON types, such that loading it again gives this configuration.
+
+        Values without effect on this run (the epochs of a run counted in steps, settings of another method) are left
+        out: given explicitly they would be refused.
+        """
+        sections: dict[str, Any] = self.model_dump(mode="json")
+        for section, keys in _find_idle_keys(self).items():
+            for key in keys:
+                del sections[section][key]
+        return sections
+
+    def warnings(self) -> list[str]:
+        """What is given but has no effect, one sentence each, for rank 0 to say once."""
+        return find_warnings(dict(self))
+
+
+def _find_idle_keys(config: RunConfig) -> dict[str, tuple[str, ...]]:
+    """Section -> keys that this run does not use because another key chose their alternative."""
+    idle = dict(IDLE_KEYS_OF_METHOD[config.method.name])
+    if config.train.max_steps is not None:
+        idle["train"] = ("num_epochs",)
+    return idle
+
+
+def _explain_global_batch(global_size: int, micro: int, world_size: int) -> str:
+    unit = micro * world_size
+    below, above = global_size // unit * unit, (global_size // unit + 1) * unit
+    fitting_global = [str(size) for size in (below, above) if size > 0]
+    message = (
+        f"train.global_batch_size: got {global_size}, expected a multiple of train.micro_batch_size ({micro}) x ranks "
+        f"({world_size}) = {unit}, for example {' or '.join(fitting_global)}"
+    )
+    if global_size % world_size == 0:
+        per_rank = global_size // world_size
+        fitting_micro = [size for size in range(1, min(per_rank, 4096) + 1) if per_rank % size == 0]
+        nearest = sorted(sorted(fitting_micro, key=lambda size: abs(size - micro))[:3])
+        return f"{message}; or train.micro_batch_size {', '.join(map(str, nearest))} with the global batch as it is."
+    fitting_ranks = [ranks for ranks in range(1, 65) if global_size % (micro * ranks) == 0]
+    if fitting_ranks:
+        return f"{message}; or start {', '.join(map(str, fitting_ranks[-4:]))} ranks."
+    return f"{message}."

@@ -1,0 +1,50 @@
+"""Samples of different lengths to one rectangular micro batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from sparse_ds.config.errors import UserError
+from sparse_ds.data.tokenization import IGNORED_LABEL
+
+
+@dataclass(frozen=True, slots=True)
+class CausalCollator:
+    """Pads on the right, and masks by length, so that the pad token may be the EOS token.
+
+    EOS as the last token of a sample is attended to and learned; the same id as padding behind it is neither.
+
+    Args:
+        pad_token_id: what to fill `input_ids` with; never attended to, so any id of the vocabulary will do.
+        pad_to_multiple_of: T is the longest sample's length rounded up to this (8 keeps matrix units busy).
+    """
+
+    pad_token_id: int
+    pad_to_multiple_of: int = 8
+
+    def __post_init__(self) -> None:
+        if self.pad_to_multiple_of < 1:
+            raise UserError(f"pad_to_multiple_of is {self.pad_to_multiple_of}, expected at least 1.")
+
+    def __call__(self, samples: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, torch.Tensor]:
+        """Collate B samples with `input_ids` and `labels`.
+
+        Returns:
+            `input_ids`, `attention_mask` (1 on the sample, 0 on padding) and `labels` (-100 on padding), each int64
+            [B, T] on the CPU.
+        """
+        longest = max(len(sample["input_ids"]) for sample in samples)
+        num_tokens = -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
+        shape = (len(samples), num_tokens)
+        input_ids_BT = torch.full(shape, self.pad_token_id, dtype=torch.int64)
+        attention_mask_BT = torch.zeros(shape, dtype=torch.int64)
+        labels_BT = torch.full(shape, IGNORED_LABEL, dtype=torch.int64)
+        for position, sample in enumerate(samples):
+            length = len(sample["input_ids"])
+            input_ids_BT[position, :length] = torch.as_tensor(sample["input_ids"], dtype=torch.int64)
+            labels_BT[position, :length] = torch.as_tensor(sample["labels"], dtype=torch.int64)
+            attention_mask_BT[position, :length] = 1
+        return {"input_ids": input_ids_BT, "attention_mask": attention_mask_BT, "labels": labels_BT}

@@ -1,0 +1,223 @@
+"""Files of samples, read row by row, with the place of every row so that an error can name it.
+
+| suffix | holds | place of a row |
+|---|---|---|
+| `.jsonl` `.ndjson` | one JSON object a line; blank lines are skipped | line |
+| `.json` | an array of JSON objects, or one object a line | line |
+| `.csv` `.tsv` | a header line, then one sample a record; every field is text | line |
+| `.parquet` | one sample a row | row |
+| `.txt` | running text, no rows | |
+
+Text is UTF-8, with or without a byte order mark. Nothing is cached and nothing is written, so several ranks may read
+the same file at the same time. Only `.json` (an array) and `.txt` are held in memory as a whole.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow  # type: ignore[import-untyped]
+import pyarrow.parquet  # type: ignore[import-untyped]
+
+from sparse_ds.config.errors import UserError
+
+# The csv module refuses fields above 128 Ki characters, which a long document exceeds.
+_MAX_CSV_FIELD_CHARACTERS = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One sample as the user wrote it.
+
+    Attributes:
+        fields: column name -> value, unchecked.
+        location: where it came from, for error messages: `data/train.jsonl, line 7`.
+    """
+
+    fields: Mapping[str, Any]
+    location: str
+
+
+def read_text(path: Path) -> str:
+    """The whole file as one string, without a byte order mark and with `\\n` line ends.
+
+    Raises:
+        UserError: the file is not UTF-8 (names the line and the byte).
+    """
+    data = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise _not_utf8(path, line, data[error.start]) from None
+    return text.replace("\r\n", "\n")
+
+
+def read_jsonl(path: Path, *, expected: str = "one JSON object a line") -> Iterator[Row]:
+    """One JSON object a line; blank lines are skipped.
+
+    Args:
+        path: the file.
+        expected: what an error says that the file should hold.
+    """
+    for number, line in _lines(path):
+        if not line.strip():
+            continue
+        location = f"{path}, line {number}"
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(
+                f"{location}: broken JSON: {error.msg} (column {error.colno}). Expected {expected}. Correct the line."
+            ) from None
+        yield Row(_json_object(value, location), location)
+
+
+def read_json(path: Path) -> Iterator[Row]:
+    """A JSON array of objects; a file that does not open with `[` is read as one object a line."""
+    text = read_text(path)
+    position = _skip_blanks(text, 0)
+    if not text.startswith("[", position):
+        yield from read_jsonl(path, expected="an array of objects ([{...}, {...}]) or one object a line")
+        return
+    decoder = json.JSONDecoder()
+    line, counted = 1, 0
+    position = _skip_blanks(text, position + 1)
+    while not text.startswith("]", position):
+        line += text.count("\n", counted, position)
+        counted = position
+        location = f"{path}, line {line}"
+        try:
+            value, position = decoder.raw_decode(text, position)
+        except json.JSONDecodeError as error:
+            raise UserError(
+                f"{path}, line {error.lineno}: broken JSON: {error.msg} (column {error.colno}), in the array element "
+                f"that starts on line {line}. Expected an array of objects ([{{...}}, {{...}}]). Correct the file."
+            ) from None
+        yield Row(_json_object(value, location), location)
+        position = _skip_blanks(text, position)
+        if text.startswith(",", position):
+            position = _skip_blanks(text, position + 1)
+        elif not text.startswith("]", position):
+            raise UserError(
+                f"{location}: broken JSON: a comma or the closing ] is missing after the array element that starts "
+                "here. Correct the file."
+            )
+    rest = _skip_blanks(text, position + 1)
+    if rest < len(text):
+        line = text.count("\n", 0, rest) + 1
+        raise UserError(f"{path}, line {line}: broken JSON: text after the closing ] of the array. Remove it.")
+
+
+def read_csv(path: Path) -> Iterator[Row]:
+    """A header line and one sample a record, separated by commas (`.csv`) or tabs (`.tsv`), quotes as in RFC 4180."""
+    csv.field_size_limit(_MAX_CSV_FIELD_CHARACTERS)
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    reader = csv.reader((line for _, line in _lines(path)), delimiter=delimiter, strict=True)
+    header: list[str] | None = None
+    while True:
+        line = reader.line_num + 1
+        location = f"{path}, line {line}"
+        try:
+            record = next(reader, None)
+        except csv.Error as error:
+            raise UserError(
+                f"{location}: broken record: {error}. Expected fields as in RFC 4180: a field that holds quotes, "
+                "separators or line ends stands in double quotes, and quotes inside it are doubled."
+            ) from None
+        if record is None:
+            return
+        if not record:
+            continue
+        if header is None:
+            header = _checked_header(record, location)
+        elif len(record) != len(header):
+            raise UserError(
+                f"{location}: {len(record)} fields, expected {len(header)} as in the header ({', '.join(header)}). "
+                "Put fields that hold separators or line ends in double quotes."
+            )
+        else:
+            yield Row(dict(zip(header, record, strict=True)), location)
+
+
+def read_parquet(path: Path) -> Iterator[Row]:
+    """One sample a row; row numbers count from 1."""
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            number = 0
+            for batch in file.iter_batches(batch_size=1000):
+                for fields in batch.to_pylist():
+                    number += 1
+                    yield Row(fields, f"{path}, row {number}")
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(
+            f"{path} cannot be read as Parquet: {error} Check that the file is complete and that its suffix is right."
+        ) from None
+
+
+ROW_READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
+    ".jsonl": read_jsonl,
+    ".ndjson": read_jsonl,
+    ".json": read_json,
+    ".csv": read_csv,
+    ".tsv": read_csv,
+    ".parquet": read_parquet,
+}
+TEXT_SUFFIX = ".txt"
+KNOWN_SUFFIXES = (*ROW_READERS, TEXT_SUFFIX)
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """(line number from 1, line with its end) of a UTF-8 file, one line in memory at a time."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            data = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+            try:
+                yield number, data.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise _not_utf8(path, number, data[error.start]) from None
+
+
+def _not_utf8(path: Path, line: int, byte: int) -> UserError:
+    return UserError(
+        f"{path}, line {line}: not UTF-8 (byte 0x{byte:02x}). Save the file as UTF-8, for example with "
+        f"`iconv -f latin1 -t utf-8`."
+    )
+
+
+def _json_object(value: object, location: str) -> Mapping[str, Any]:
+    if not isinstance(value, dict):
+        raise UserError(
+            f"{location}: a sample is {_json_kind(value)}, expected a JSON object with named fields, for example "
+            '{"prompt": "...", "completion": "..."}.'
+        )
+    return value
+
+
+def _json_kind(value: object) -> str:
+    if value is None:
+        return "null"
+    kinds: dict[type, str] = {list: "an array", str: "a string", bool: "a boolean"}
+    return kinds.get(type(value), "a number")
+
+
+def _skip_blanks(text: str, position: int) -> int:
+    while position < len(text) and text[position] in " \t\r\n":
+        position += 1
+    return position
+
+
+def _checked_header(header: list[str], location: str) -> list[str]:
+    names = [name.strip() for name in header]
+    if "" in names:
+        raise UserError(f"{location}: column {names.index('') + 1} of the header has no name. Name every column.")
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise UserError(f"{location}: the header names {', '.join(repeated)} more than once. Column names must differ.")
+    return names

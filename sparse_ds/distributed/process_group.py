@@ -1,0 +1,81 @@
+"""Start and end of the process group, and how ranks end together when one of them finds a mistake."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import deepspeed.comm as dist
+import torch
+import torch.distributed
+
+from sparse_ds.config.errors import UserError
+
+
+def start(device_type: str) -> None:
+    """Join the process group (nccl on CUDA, gloo on CPU) and learn how many ranks share this machine.
+
+    Sets LOCAL_WORLD_SIZE, which the `deepspeed` launcher leaves out.
+
+    Collectives: one gather of host names; every rank must call it.
+    """
+    if device_type == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_distributed(dist_backend="nccl" if device_type == "cuda" else "gloo", verbose=False)
+    hosts: list[str | None] = [None] * world_size()
+    torch.distributed.all_gather_object(hosts, socket.gethostname())
+    os.environ["LOCAL_WORLD_SIZE"] = str(hosts.count(socket.gethostname()))
+
+
+def stop() -> None:
+    """Leave the process group, all ranks together. Without it a run on gloo can end with "terminate called", code -6.
+
+    Collectives: one barrier; every rank must call it.
+    """
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
+def rank() -> int:
+    """This process's rank; 0 without a process group."""
+    return int(torch.distributed.get_rank()) if torch.distributed.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Number of ranks; 1 without a process group."""
+    return int(torch.distributed.get_world_size()) if torch.distributed.is_initialized() else 1
+
+
+@contextmanager
+def agreement(what: str) -> Iterator[None]:
+    """All ranks leave this context together: if the body fails on some ranks, every rank raises.
+
+    The body must not communicate. A `UserError` (or OSError) of any rank becomes the same `UserError` on every rank.
+
+    Collectives: one gather of a short text; every rank must enter.
+
+    Args:
+        what: what the body does, for the message ("reading the data").
+    """
+    failure: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    report = None if failure is None else (type(failure).__name__, str(failure), isinstance(failure, ValueError | OSError))
+    reports: list[tuple[str, str, bool] | None] = [report] * world_size()
+    if torch.distributed.is_initialized():
+        torch.distributed.all_gather_object(reports, report)
+    failed = [(index, entry) for index, entry in enumerate(reports) if entry is not None]
+    if not failed:
+        return
+    if isinstance(failure, UserError) and len(failed) == len(reports):
+        raise failure
+    first_rank, (kind, message, from_user) = failed[0]
+    where = "" if len(failed) == len(reports) else f" (on rank {first_rank}, {len(failed)} of {len(reports)} ranks)"
+    if from_user:
+        raise UserError(f"{message}{where}") from failure
+    raise RuntimeError(f"{what} failed{where}: {kind}: {message}") from failure

@@ -1,0 +1,190 @@
+"""A view on the state of a ZeRO-3 engine: which slice of which tensor this rank owns, and where it lies.
+
+DeepSpeed joins the partitions of all trainable parameters of a sub-group into one flat fp32 tensor, the master:
+
+    flat = z.fp32_partitioned_groups_flat[i]      one per sub-group i; what the inner optimizer steps on
+    [ p0 real | pad | p1 real | pad | ... ]       p in z.fp16_groups[i], each with ceil(numel / R) elements
+
+The master exists beside `param.ds_tensor` (the copy that is gathered). Writing one does not write the other, and a
+parameter that is still gathered (`ds_status` AVAILABLE) keeps its old content until it is released.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed
+from torch import Tensor
+from torch.nn import Parameter
+
+
+@dataclass(frozen=True)
+class OwnedSlice:
+    """What this rank owns of one trainable parameter: flat elements [start, start + num_real) of the tensor, which lie
+    at [offset, offset + num_real) of the master of sub-group `sub_group`."""
+
+    sub_group: int
+    offset: int
+    start: int
+    num_real: int
+
+
+def owned_range(parameter: Parameter) -> tuple[int, int]:
+    """(start, num_real) of this rank's slice of any ZeRO-3 parameter, trainable or frozen."""
+    size = parameter.ds_tensor.ds_numel
+    start = min(parameter.ds_zero_partition_rank * size, parameter.ds_numel)
+    return start, min(size, parameter.ds_numel - start)
+
+
+def local_partition(parameter: Parameter) -> Tensor:
+    """The real elements (no padding) of this rank's slice of `parameter`; a view: writing changes what is gathered."""
+    partition: Tensor = parameter.ds_tensor
+    return partition.view(-1).narrow(0, 0, owned_range(parameter)[1])
+
+
+class MasterWeights:
+    """The flat fp32 master weights of a ZeRO-3 engine, by parameter.
+
+    Args:
+        engine: a DeepSpeed engine after `initialize`.
+    """
+
+    def __init__(self, engine: Any) -> None:
+        self._zero = engine.optimizer
+        self.slices: dict[int, OwnedSlice] = {}
+        for sub_group, parameters in enumerate(self._zero.fp16_groups):
+            for parameter in parameters:
+                index, offset, _ = self._zero.grad_position[self._zero.get_param_id(parameter)]
+                start, num_real = owned_range(parameter)
+                if index != sub_group:
+                    raise RuntimeError(f"DeepSpeed's grad_position names sub-group {index}, expected {sub_group}")
+                self.slices[id(parameter)] = OwnedSlice(sub_group, offset, start, num_real)
+
+    @property
+    def flats(self) -> list[Tensor]:
+        """One flat fp32 tensor per sub-group, padding included, in DeepSpeed's order."""
+        return list(self._zero.fp32_partitioned_groups_flat)
+
+    def parameters_of(self, sub_group: int) -> list[Parameter]:
+        """Parameters joined in the flat tensor of `sub_group`, in their order there."""
+        return list(self._zero.fp16_groups[sub_group])
+
+    def slice_of(self, parameter: Parameter) -> OwnedSlice:
+        """Which elements of `parameter` this rank owns and where they lie."""
+        return self.slices[id(parameter)]
+
+    def view(self, parameter: Parameter, flat_like: Sequence[Tensor] | None = None) -> Tensor:
+        """Real elements of `parameter` in the master, or in other flat tensors of the same shapes (optimizer state)."""
+        where = self.slice_of(parameter)
+        flat = (self.flats if flat_like is None else flat_like)[where.sub_group]
+        return flat.detach().narrow(0, where.offset, where.num_real)
+
+    def write_values(self, parameter: Parameter, values: Tensor) -> None:
+        """Write this rank's slice of a trainable parameter: the master and the copy that is gathered.
+
+        A parameter that is gathered at the moment keeps its old content: call `engine.empty_partition_cache()` after
+        the last write.
+        """
+        self.view(parameter).copy_(values)
+        local_partition(parameter).copy_(values)
+
+    def zero_padding(self) -> None:
+        """Set the elements of the masters that belong to no parameter to zero (they start uninitialised)."""
+        for sub_group, flat in enumerate(self.flats):
+            real = torch.zeros(flat.numel(), dtype=torch.bool, device=flat.device)
+            for parameter in self.parameters_of(sub_group):
+                where = self.slice_of(parameter)
+                real.narrow(0, where.offset, where.num_real).fill_(True)
+            flat.detach().masked_fill_(~real, 0.0)
+
+
+def gather_partitions(parameters: Sequence[Parameter], partitions: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """Full flat tensors from every rank's slices, for several tensors in one collective.
+
+    Args:
+        parameters: whose slicing applies.
+        partitions: this rank's real elements of each, any dtypes and devices (`local_partition`, `MasterWeights.view`).
+        device: where to gather (the device of the process group).
+
+    Returns:
+        One tensor [ds_numel] per parameter on `device`.
+
+    Memory: twice the sum of the full tensors, transient.
+    Collectives: one all-gather of the slices' bytes; every rank must call it with the same parameters.
+    """
+    # Wide dtypes first, so that every slice of the byte buffer is aligned.
+    order = sorted(range(len(parameters)), key=lambda i: -partitions[i].element_size())
+    padded = []
+    for i in order:
+        row = torch.zeros(parameters[i].ds_tensor.ds_numel, dtype=partitions[i].dtype, device=device)
+        row.narrow(0, 0, partitions[i].numel()).copy_(partitions[i])
+        padded.append(row)
+    local = torch.cat([row.view(torch.uint8) for row in padded])
+    world_size = torch.distributed.get_world_size()
+    everywhere = torch.empty(world_size * local.numel(), dtype=torch.uint8, device=device)
+    torch.distributed.all_gather_into_tensor(everywhere, local)
+    rows = everywhere.view(world_size, -1)
+    full: list[Tensor | None] = [None] * len(parameters)
+    position = 0
+    for i, row in zip(order, padded, strict=True):
+        num_bytes = row.numel() * row.element_size()
+        joined = rows[:, position : position + num_bytes].reshape(-1).view(row.dtype)
+        full[i] = joined.narrow(0, 0, parameters[i].ds_numel)
+        position += num_bytes
+    return [tensor for tensor in full if tensor is not None]
+
+
+def all_reduce_max_(tensor: Tensor, device: torch.device) -> None:
+    """Element-wise maximum over all ranks, in place (through `device` when the tensor lies elsewhere).
+
+    Collectives: one all-reduce of the tensor; every rank must call it.
+    """
+    moved = tensor.to(device)
+    torch.distributed.all_reduce(moved, op=torch.distributed.ReduceOp.MAX)
+    if moved is not tensor:
+        tensor.copy_(moved)
+
+
+def all_reduce_sum(numbers: Iterable[float], device: torch.device) -> list[float]:
+    """Sums over all ranks, in fp64.
+
+    Collectives: one all-reduce; every rank must call it with as many numbers.
+    """
+    tensor = torch.tensor(list(numbers), dtype=torch.float64, device=device)
+    torch.distributed.all_reduce(tensor)
+    return [float(x) for x in tensor.tolist()]
+
+
+def require_equal(digest: str, what: str) -> None:
+    """Stop the run on all ranks if `digest` differs between ranks.
+
+    Collectives: one gather of a short text; every rank must call it.
+
+    Raises:
+        RuntimeError: names the ranks that differ from rank 0.
+    """
+    digests: list[str] = [""] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(digests, digest)
+    different = [rank for rank, other in enumerate(digests) if other != digests[0]]
+    if different:
+        raise RuntimeError(
+            f"{what} differs between ranks: rank 0 has {digests[0]}, ranks {different} have other values. This is a "
+            "defect or a hardware fault; the run stops because its results would be wrong."
+        )
+
+
+def partition_bytes(parameters: Iterable[Parameter]) -> int:
+    """Bytes of all partitions that this rank holds."""
+    return sum(math.prod(p.ds_tensor.shape) * p.ds_tensor.element_size() for p in parameters)
+
+
+def gathered_bytes(parameters: Iterable[Parameter]) -> int:
+    """Bytes of full tensors that are gathered on this rank at the moment (0 for a released parameter).
+
+    With one rank a gathered parameter can share the storage of its partition; it counts all the same.
+    """
+    return sum(p.data.numel() * p.data.element_size() for p in parameters)

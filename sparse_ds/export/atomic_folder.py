@@ -1,0 +1,78 @@
+"""Write a folder so that it is either there, whole, or not there at all."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from sparse_ds.config.errors import UserError
+
+
+@contextmanager
+def atomic_folder(folder: Path, *, marker: str, overwrite: bool = False) -> Iterator[Path]:
+    """Yields a hidden sibling folder to write into; on a clean exit it becomes `folder` in one rename.
+
+    On any error, Ctrl-C included, the sibling is removed and an older `folder` stays as it was.
+
+    Args:
+        folder: where the result goes; missing parents are made.
+        marker: file name that tells a folder of this kind. Only a folder that has it is ever replaced, so a wrong
+            path cannot delete somebody's files.
+        overwrite: replace an existing folder of the same kind.
+
+    Raises:
+        UserError: `folder` exists and is not empty, and `overwrite` is not set or the marker is not in it.
+    """
+    folder = Path(os.path.realpath(folder))
+    _check_replaceable(folder, marker, overwrite)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = folder.parent / f".{folder.name}.partial-{secrets.token_hex(4)}"
+    partial.mkdir()
+    try:
+        yield partial
+        _flush_to_disk(partial)
+        _move_into_place(partial, folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _check_replaceable(folder: Path, marker: str, overwrite: bool) -> None:
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise UserError(f"Output folder '{folder}' is a file. Give another path.")
+    if not any(folder.iterdir()):
+        return
+    if not overwrite:
+        raise UserError(f"Output folder '{folder}' already exists and is not empty. Give another path or overwrite it.")
+    if not (folder / marker).is_file():
+        raise UserError(
+            f"Output folder '{folder}' is not overwritten: it holds other files and no '{marker}'. Give another path."
+        )
+
+
+def _flush_to_disk(folder: Path) -> None:
+    """After a power cut the rename must not be there before the bytes."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+
+
+def _move_into_place(partial: Path, folder: Path) -> None:
+    if not folder.exists() or not any(folder.iterdir()):
+        os.rename(partial, folder)
+        return
+    replaced = folder.parent / f".{folder.name}.replaced-{secrets.token_hex(4)}"
+    os.rename(folder, replaced)
+    try:
+        os.rename(partial, folder)
+    except BaseException:
+        os.rename(replaced, folder)
+        raise
+    shutil.rmtree(replaced, ignore_errors=True)

@@ -1,0 +1,189 @@
+"""Merge an adapter into its base model: a dense checkpoint that plain transformers loads.
+
+The merged model is the model that was trained, number for number. For each target matrix, with M the dtype of the
+training (`bfloat16` or `float32`):
+
+    base = M(w)                                  quantization none
+    base = dequantize(nf4(M(w)))                 quantization nf4: the weights the deltas were trained on, not the
+                                                 original ones; same code as in training
+    merged[indices] = M( fp32(base[indices]) + fp32(values) )
+
+and every other tensor is M(w). At last all are cast to the dtype of the output, which is exact for
+output = M and for bfloat16 -> float32.
+
+The base is streamed: memory is one output shard and a few copies of one matrix. No process group is needed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from sparse_ds.config.errors import UserError
+from sparse_ds.export.adapter import Adapter, Deltas, load_adapter
+from sparse_ds.export.checkpoint_writer import DTYPES, WrittenCheckpoint, write_checkpoint
+from sparse_ds.export.model_card import merged_model_card
+from sparse_ds.kernels.apply_deltas import apply_deltas_, hidden_counts
+from sparse_ds.kernels.nf4 import dequantize_nf4, quantize_nf4
+from sparse_ds.model.base_checkpoint import BaseCheckpoint, find_base_model
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merge did."""
+
+    checkpoint: WrittenCheckpoint
+    num_deltas: int
+    num_nonzero_deltas: int
+    num_hidden_deltas: int
+    """Non-zero deltas that the rounding to the training dtype hides: the merged weight equals the base weight."""
+
+
+def merge_adapter(
+    base: str | Path,
+    adapter: str | Path | Adapter,
+    output: str | Path,
+    *,
+    revision: str | None = None,
+    dtype: str = "bfloat16",
+    max_shard_size: str | int = "5GB",
+    tokenizer: str | Path | None = None,
+    device: str = "cpu",
+    overwrite: bool = False,
+) -> MergeReport:
+    """Write base + adapter as a dense checkpoint folder; all of it or nothing.
+
+    Args:
+        base: folder or hub name of the original (unquantized) checkpoint that the adapter was trained on.
+        adapter: folder of the adapter, or the result of `load_adapter`.
+        output: folder to make.
+        revision: of a hub base. None: the one the adapter names, if it names the same base.
+        dtype: "bfloat16", "float16" or "float32", of the output.
+        max_shard_size: "5GB", "500MB" or a number of bytes.
+        tokenizer: folder to take the tokenizer and chat template from. None: the base.
+        device: where matrices are quantized and merged; give the kind of device of the training.
+        overwrite: replace a checkpoint that is already in `output`.
+
+    Raises:
+        UserError: an adapter that is damaged or of another base (names or shapes), an unreadable base, an unusable
+            output folder. Raised before anything is written.
+        RuntimeError: not enough room on the disk, or writing failed; nothing is left behind.
+    """
+    adapter = adapter if isinstance(adapter, Adapter) else load_adapter(adapter)
+    trained = adapter.config.base
+    if revision is None and str(base) == trained.name:
+        revision = trained.revision
+    checkpoint = BaseCheckpoint(find_base_model(str(base), revision))
+    layout = _layout(checkpoint)
+    _check_fits(adapter, checkpoint, layout)
+    _check_output_apart(Path(output), checkpoint.folder, adapter.folder)
+    merge = _Merge(checkpoint, layout, adapter, device)
+    written = write_checkpoint(
+        output,
+        layout,
+        merge.read,
+        base_folder=checkpoint.folder,
+        tokenizer_folder=checkpoint.folder if tokenizer is None else Path(tokenizer),
+        model_card=lambda: merged_model_card(
+            adapter.config, num_deltas=merge.num_deltas, num_hidden_deltas=merge.num_hidden_deltas, dtype=dtype
+        ),
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        overwrite=overwrite,
+    )
+    return MergeReport(written, merge.num_deltas, merge.num_nonzero_deltas, merge.num_hidden_deltas)
+
+
+class _Merge:
+    """Hands out the tensors of the merged model and counts what it merged."""
+
+    def __init__(self, checkpoint: BaseCheckpoint, layout: dict[str, Tensor], adapter: Adapter, device: str) -> None:
+        self._checkpoint = checkpoint
+        self._shapes = {name: tuple(tensor.shape) for name, tensor in layout.items()}
+        self._adapter = adapter
+        self._device = device
+        self._dtype = DTYPES[adapter.config.base.dtype]
+        self._module_by_tensor = {f"{name}.weight": name for name in adapter.config.shapes}
+        self.num_deltas = 0
+        self.num_nonzero_deltas = 0
+        self.num_hidden_deltas = 0
+
+    @torch.no_grad()
+    def read(self, name: str) -> Tensor:
+        stored = self._checkpoint.read(name)
+        if tuple(stored.shape) != self._shapes[name] or not stored.is_floating_point():
+            raise UserError(
+                f"Tensor '{name}' of base '{self._checkpoint.folder}' has shape {list(stored.shape)} and dtype "
+                f"{stored.dtype}, expected shape {list(self._shapes[name])} from its config.json and a floating dtype."
+            )
+        if name not in self._module_by_tensor:
+            return stored.to(self._dtype)
+        weight_OI = self._training_weight(stored)
+        indices_K, values_K = self._adapter.read(self._module_by_tensor[name])
+        deltas = Deltas(indices_K.to(self._device), values_K.to(self._device))
+        self._count(weight_OI, deltas)
+        return apply_deltas_(weight_OI, deltas.indices, deltas.values)
+
+    def _training_weight(self, stored: Tensor) -> Tensor:
+        """The frozen base weight as the training saw it: a new tensor on the device."""
+        if self._adapter.config.base.quantization == "none":
+            return stored.to(self._device, self._dtype, copy=True).contiguous()
+        quantized = quantize_nf4(
+            stored.to(self._device, self._dtype), double_quantization=self._adapter.config.base.double_quantization
+        )
+        return dequantize_nf4(
+            quantized.packed,
+            quantized.absmax,
+            quantized.nested_statistics,
+            shape=quantized.shape,
+            dtype=quantized.dtype,
+        )
+
+    def _count(self, weight_OI: Tensor, deltas: Deltas) -> None:
+        weights_K = weight_OI.view(-1).index_select(0, deltas.indices)
+        num_hidden, num_nonzero = hidden_counts(weights_K, deltas.values)
+        self.num_deltas += deltas.values.numel()
+        self.num_nonzero_deltas += num_nonzero
+        self.num_hidden_deltas += num_hidden
+
+
+def _layout(checkpoint: BaseCheckpoint) -> dict[str, Tensor]:
+    """Parameter name -> meta tensor, of the architecture in config.json; tied parameters once, stale buffers never."""
+    if "quantization_config" in checkpoint.config:
+        raise UserError(
+            f"Base '{checkpoint.folder}' is already quantized ('quantization_config' in its config.json). Give the "
+            "original 16-bit or 32-bit checkpoint; its quantization is repeated exactly as in training."
+        )
+    config = AutoConfig.from_pretrained(checkpoint.folder)
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    return dict(model.named_parameters())
+
+
+def _check_fits(adapter: Adapter, checkpoint: BaseCheckpoint, layout: dict[str, Tensor]) -> None:
+    if missing := [name for name in layout if name not in checkpoint]:
+        raise UserError(
+            f"Base '{checkpoint.folder}' has no tensor '{missing[0]}', which the architecture in its config.json needs "
+            f"({len(missing)} are missing). Get the checkpoint again, complete."
+        )
+    trained_on = f"Adapter '{adapter.folder}' was trained on '{adapter.config.base.name}'"
+    for module_name, shape in sorted(adapter.config.shapes.items()):
+        name = f"{module_name}.weight"
+        found = f"shape {list(layout[name].shape)}" if name in layout else "no such parameter of its own"
+        if name not in layout or tuple(layout[name].shape) != shape:
+            raise UserError(
+                f"{trained_on}, where '{name}' has shape {list(shape)}; base '{checkpoint.folder}' has {found}. "
+                "Give the base that it was trained on."
+            )
+
+
+def _check_output_apart(output: Path, *sources: Path) -> None:
+    """Overwriting `output` must never delete what is being read."""
+    output = output.resolve()
+    for source in sources:
+        if source.resolve() == output or output in source.resolve().parents:
+            raise UserError(f"Output folder '{output}' holds '{source}', which is being read. Give another path.")

@@ -1,0 +1,130 @@
+"""NF4: 4-bit NormalFloat quantization of one weight matrix, through bitsandbytes.
+
+bitsandbytes keeps the statistics of a quantized tensor in a `QuantState` object. ZeRO-3 partitions parameters, not
+objects, so here everything that is O(numel) is a plain tensor and only constants are rebuilt on the fly:
+
+    packed             uint8 [ceil(N / 2)]          two 4-bit codes a byte
+    absmax             fp32  [ceil(N / 64)]         one scale per block of 64 weights; uint8 with double quantization
+    nested_statistics  fp32  [ceil(B / 256) + 1]    double quantization only: scale of each 256 of the B entries of
+                                                    `absmax`, then the offset (their mean) as the last entry
+
+Reference: QLoRA: Efficient Finetuning of Quantized LLMs (Dettmers et al. 2023, arXiv 2305.14314), section 3.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import bitsandbytes.functional as bnb
+import torch
+from torch import Tensor
+
+BLOCK_SIZE = 64
+"""Weights per fp32 scale (QLoRA, section 3)."""
+NESTED_BLOCK_SIZE = 256
+"""Scales per second-level scale under double quantization (QLoRA, section 3)."""
+
+
+@dataclass(frozen=True)
+class NF4Tensor:
+    """One quantized matrix: the tensors of the module docstring, and what is needed to read them."""
+
+    packed: Tensor
+    absmax: Tensor
+    nested_statistics: Tensor | None
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class NF4Sizes:
+    """Number of elements of each stored tensor of a matrix with `num_elements` weights."""
+
+    packed: int
+    absmax: int
+    nested_statistics: int
+
+
+def nf4_sizes(num_elements: int) -> NF4Sizes:
+    """Sizes (in elements) of the tensors that store `num_elements` weights."""
+    num_blocks = -(-num_elements // BLOCK_SIZE)
+    return NF4Sizes(
+        packed=-(-num_elements // 2), absmax=num_blocks, nested_statistics=-(-num_blocks // NESTED_BLOCK_SIZE) + 1
+    )
+
+
+def quantize_nf4(weight: Tensor, *, double_quantization: bool) -> NF4Tensor:
+    """Quantize `weight` to NF4 in blocks of 64.
+
+    Args:
+        weight: [O, I], bf16, fp16 or fp32, on any device that bitsandbytes supports.
+        double_quantization: also quantize the scales to 8 bits (saves 0.37 bits per weight).
+
+    Returns:
+        The stored tensors, flat and contiguous, on the device of `weight`.
+    """
+    packed, state = bnb.quantize_4bit(
+        weight.contiguous(), blocksize=BLOCK_SIZE, compress_statistics=double_quantization, quant_type="nf4"
+    )
+    nested_statistics = None
+    if double_quantization:
+        nested_statistics = torch.cat([state.state2.absmax.float(), state.offset.float().reshape(1)])
+    return NF4Tensor(
+        packed=packed.reshape(-1),
+        absmax=state.absmax,
+        nested_statistics=nested_statistics,
+        shape=tuple(weight.shape),
+        dtype=weight.dtype,
+    )
+
+
+def dequantize_nf4(
+    packed: Tensor,
+    absmax: Tensor,
+    nested_statistics: Tensor | None,
+    *,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+) -> Tensor:
+    """Rebuild the dense matrix: the inverse of `quantize_nf4` up to the quantization error.
+
+    Args:
+        packed, absmax, nested_statistics: as in the module docstring.
+        shape: (O, I) of the matrix.
+        dtype: of the result; the same dtype as was quantized gives bitsandbytes' own rounding.
+
+    Returns:
+        A new contiguous tensor [O, I]; the caller may write into it.
+    """
+    state = bnb.QuantState(
+        absmax=absmax,
+        shape=torch.Size(shape),
+        dtype=dtype,
+        blocksize=BLOCK_SIZE,
+        code=_nf4_code(packed.device),
+        quant_type="nf4",
+    )
+    if nested_statistics is not None:
+        state.nested = True
+        state.offset = nested_statistics[-1]
+        state.state2 = bnb.QuantState(
+            absmax=nested_statistics[:-1],
+            blocksize=NESTED_BLOCK_SIZE,
+            code=_dynamic_code(packed.device),
+            dtype=torch.float32,
+        )
+    dense: Tensor = bnb.dequantize_4bit(packed.reshape(-1, 1), quant_state=state)
+    return dense
+
+
+@functools.cache
+def _nf4_code(device: torch.device) -> Tensor:
+    code: Tensor = bnb.get_4bit_type("nf4", device=device)
+    return code
+
+
+@functools.cache
+def _dynamic_code(device: torch.device) -> Tensor:
+    code: Tensor = bnb.create_dynamic_map().to(device)
+    return code

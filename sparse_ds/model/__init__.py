@@ -1,0 +1,1 @@
+"""The base model: its files, and the partitioned model built from them."""

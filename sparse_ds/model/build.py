@@ -1,0 +1,217 @@
+"""Build the model that trains: every parameter born partitioned under ZeRO-3, target layers made sparse.
+
+The model is first created without storage (meta device), so nothing is allocated twice. Then each tensor of the base
+checkpoint is read once, one at a time; a rank quantizes target weights, keeps its own slice and drops the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from torch.nn import Parameter
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from sparse_ds.config.errors import UserError
+from sparse_ds.distributed.born_partitioned import PartitionedParameters, slice_of
+from sparse_ds.kernels.nf4 import quantize_nf4
+from sparse_ds.model.base_checkpoint import BaseCheckpoint
+from sparse_ds.model.targets import find_targets
+from sparse_ds.selection.random_subset import random_subset
+from sparse_ds.sparse.layout import SparseLayout, num_active_weights
+from sparse_ds.sparse.sparse_linear import SparseLinear
+
+SUPPORTED_MODEL_TYPES = ("llama", "mistral")
+
+
+@dataclass(frozen=True)
+class BaseSettings:
+    """How the frozen base is held."""
+
+    dtype: torch.dtype
+    nf4: bool
+    double_quantization: bool
+    attention: str
+
+
+@dataclass(frozen=True)
+class SparseSettings:
+    """Which weights train."""
+
+    target_modules: Sequence[str] | str
+    density: float
+    seed: int
+
+
+def empty_model(checkpoint: BaseCheckpoint, base: BaseSettings) -> PreTrainedModel:
+    """The architecture with parameters on the meta device and real buffers.
+
+    Raises:
+        UserError: an architecture that is not supported, or a checkpoint that is already quantized.
+    """
+    config: PretrainedConfig = AutoConfig.from_pretrained(checkpoint.folder)
+    if config.model_type not in SUPPORTED_MODEL_TYPES:
+        raise UserError(
+            f"model.name_or_path: {checkpoint.folder} is a {config.model_type!r} model; expected one of "
+            f"{', '.join(SUPPORTED_MODEL_TYPES)}."
+        )
+    if getattr(config, "quantization_config", None) is not None:
+        raise UserError(
+            f"model.name_or_path: {checkpoint.folder} is already quantized (`quantization_config` in its config.json); "
+            "give the 16-bit checkpoint and set model.quantization=nf4."
+        )
+    config.use_cache = False
+    with init_empty_weights(include_buffers=False):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, dtype=base.dtype, attn_implementation=base.attention
+        )
+    model.tie_weights()
+    return model
+
+
+def plan_layouts(model: nn.Module, sparse: SparseSettings) -> dict[str, SparseLayout]:
+    """Layout of every target layer, by module name.
+
+    Raises:
+        UserError: no layer matches, or the density gives no active weight in some layer.
+    """
+    layouts = {}
+    for name in find_targets(model, sparse.target_modules):
+        linear = model.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        num_elements = linear.in_features * linear.out_features
+        num_active = num_active_weights(sparse.density, num_elements)
+        if num_active == 0:
+            raise UserError(
+                f"method.density: {sparse.density} of the {num_elements} weights of {name} is less than one weight; "
+                f"expected a density of at least {1 / num_elements:.2g} for this layer."
+            )
+        layouts[name] = SparseLayout(linear.out_features, linear.in_features, num_active)
+    return layouts
+
+
+def build_sparse_model(
+    checkpoint: BaseCheckpoint,
+    model: PreTrainedModel,
+    layouts: dict[str, SparseLayout],
+    base: BaseSettings,
+    seed: int,
+    partitioned: PartitionedParameters,
+    device: torch.device,
+) -> None:
+    """Fill `model` (from `empty_model`) in place: target layers become `SparseLinear`, everything else is frozen.
+
+    Args:
+        seed: of the random initial indices (with the tensor's name; the same on every world size).
+        device: where tensors are quantized.
+
+    Memory: the partitions, plus one full tensor at a time.
+    Collectives: none; every rank must call it with the same arguments.
+    """
+    for name, layout in layouts.items():
+        parent, _, child = name.rpartition(".")
+        make = _SparseMaker(checkpoint, name, layout, base, partitioned, device)
+        setattr(model.get_submodule(parent), child, make.layer(seed))
+    _fill_remaining(checkpoint, model, base.dtype, partitioned, trainable=False)
+
+
+def build_dense_model(
+    checkpoint: BaseCheckpoint, model: PreTrainedModel, base: BaseSettings, partitioned: PartitionedParameters
+) -> None:
+    """Fill `model` in place with every weight trainable (method `full`).
+
+    Memory, collectives: as `build_sparse_model`.
+    """
+    _fill_remaining(checkpoint, model, base.dtype, partitioned, trainable=True)
+
+
+class _SparseMaker:
+    """Makes one SparseLinear from the checkpoint's weight."""
+
+    def __init__(
+        self,
+        checkpoint: BaseCheckpoint,
+        name: str,
+        layout: SparseLayout,
+        base: BaseSettings,
+        partitioned: PartitionedParameters,
+        device: torch.device,
+    ) -> None:
+        self.checkpoint, self.name, self.layout, self.base = checkpoint, name, layout, base
+        self.partitioned, self.device = partitioned, device
+
+    def layer(self, seed: int) -> SparseLinear:
+        layout = self.layout
+        shape = (layout.num_rows, layout.num_cols)
+        weight_OI = _read(self.checkpoint, f"{self.name}.weight", shape, self.base.dtype)
+        tensors: dict[str, Parameter] = {}
+        if self.base.nf4:
+            quantized = quantize_nf4(weight_OI.to(self.device), double_quantization=self.base.double_quantization)
+            tensors["packed"] = self._frozen(quantized.packed)
+            tensors["absmax"] = self._frozen(quantized.absmax)
+            if quantized.nested_statistics is not None:
+                tensors["nested_statistics"] = self._frozen(quantized.nested_statistics)
+        else:
+            tensors["weight"] = self._frozen(weight_OI)
+        indices_K = random_subset(layout.num_elements, layout.num_active, seed=seed, name=self.name)
+        tensors["indices"] = self._frozen(indices_K.to(layout.index_dtype))
+        tensors["values"] = self.partitioned.make(
+            (layout.num_active,), torch.float32, lambda partition, start: None, requires_grad=True
+        )
+        if f"{self.name}.bias" in self.checkpoint:
+            bias_O = _read(self.checkpoint, f"{self.name}.bias", (layout.num_rows,), self.base.dtype)
+            tensors["bias"] = self._frozen(bias_O)
+        return SparseLinear(layout, self.base.dtype, tensors)
+
+    def _frozen(self, full: Tensor) -> Parameter:
+        return self.partitioned.make(tuple(full.shape), full.dtype, slice_of(full), requires_grad=False)
+
+
+def _fill_remaining(
+    checkpoint: BaseCheckpoint,
+    model: PreTrainedModel,
+    dtype: torch.dtype,
+    partitioned: PartitionedParameters,
+    *,
+    trainable: bool,
+) -> None:
+    """Replace every parameter that is still on the meta device; tied ones become one parameter again."""
+    made: dict[int, Parameter] = {}
+    keep_alive = []
+    for module_name, module in model.named_modules():
+        for child, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.device.type != "meta":
+                continue
+            keep_alive.append(parameter)
+            if id(parameter) not in made:
+                name = f"{module_name}.{child}" if module_name else child
+                full = _read(checkpoint, name, tuple(parameter.shape), dtype)
+                made[id(parameter)] = partitioned.make(
+                    tuple(full.shape), dtype, slice_of(full), requires_grad=trainable
+                )
+            module.register_parameter(child, made[id(parameter)])
+
+
+def _read(checkpoint: BaseCheckpoint, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """One checkpoint tensor in `dtype`, checked."""
+    if name not in checkpoint:
+        raise UserError(
+            f"model.name_or_path: {checkpoint.folder} has no tensor {name!r}, which the architecture in its config.json "
+            "needs; the checkpoint is incomplete or of another model."
+        )
+    tensor = checkpoint.read(name)
+    if tuple(tensor.shape) != shape:
+        raise UserError(
+            f"model.name_or_path: tensor {name!r} has shape {tuple(tensor.shape)}, expected {shape} from config.json."
+        )
+    if not tensor.is_floating_point():
+        raise UserError(f"model.name_or_path: tensor {name!r} is {tensor.dtype}, expected a floating-point weight.")
+    tensor = tensor.to(dtype)
+    if not bool(torch.isfinite(tensor).all()):
+        raise UserError(f"model.name_or_path: tensor {name!r} holds NaN or Inf; the checkpoint is damaged.")
+    return tensor
+
+

@@ -1,0 +1,54 @@
+"""The `summary` record: one run in one line of metrics.jsonl."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """What a finished run reports. A field is None where the run has nothing to say (no held-out data, no adapter)."""
+
+    heldout_loss_before: float | None
+    """Mean loss per token on `data.eval` before the first step."""
+    heldout_loss_after: float | None
+    num_trained_weights: int
+    num_weights: int
+    """All weights of the model, frozen ones included; tied ones once."""
+    num_steps: int
+    wall_s: float
+    """Of the training steps, without loading, evaluation and export."""
+    tokens_per_second: float
+    """Over all ranks."""
+    peak_memory_gib: float
+    """Of the rank with the highest peak."""
+    index_hash: str | None
+    sample_prompt: str | None
+    sample_answer_before: str | None
+    sample_answer_after: str | None
+    reference_answer: str | None
+    adapter_dir: str | None
+    merged_dir: str | None
+
+    @property
+    def trained_fraction(self) -> float:
+        """Trained weights / all weights (0 to 1)."""
+        return self.num_trained_weights / self.num_weights
+
+    def to_record(self) -> dict[str, Any]:
+        """The fields, and `trained_fraction`."""
+        return {**asdict(self), "trained_fraction": self.trained_fraction}
+
+    @classmethod
+    def from_record(cls, record: dict[str, Any]) -> RunSummary:
+        """Of a record read from metrics.jsonl; a number that was not finite comes back as NaN.
+
+        Raises:
+            KeyError: a field is missing.
+        """
+        values = {field.name: record[field.name] for field in fields(cls)}
+        for name in record.get("non_finite", {}):
+            if name in values:
+                values[name] = float(record["non_finite"][name])
+        return cls(**values)

@@ -1,0 +1,1 @@
+"""Optimizers of sparse values: local tensors only, they never communicate."""

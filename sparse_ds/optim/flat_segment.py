@@ -1,0 +1,76 @@
+"""What lies where in a flat fp32 tensor: ZeRO-3 hands the optimizer slices that join pieces of many tensors.
+
+One flat tensor (one sub-group of one rank) with three targets, `.` being padding::
+
+    flat      [ q_proj q_proj q_proj . | o_proj o_proj . . | bias bias . ]
+    segments    ^offset 0, length 3      ^offset 4, length 2   ^offset 8, length 2
+
+Padding is uninitialised memory (any bit pattern, NaN included), so nobody touches anything but the segments.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(slots=True, eq=False)
+class FlatSegment:
+    """The real elements of one target tensor inside one flat tensor.
+
+    A sparse segment says through `indices` where in the [num_rows, num_cols] matrix its elements lie. The tensor is
+    read at every use and never copied, so after an event its owner either writes into it in place or assigns a new
+    one: there is nothing to refresh. A dense segment (a fully trained head or bias) has `indices=None` and covers
+    the consecutive row-major positions `start .. start + length - 1`; a 1-D tensor of n elements is a matrix of n
+    rows and 1 column.
+
+    Attributes:
+        name: the target tensor. Segments of one tensor (in several flat tensors, or on several ranks) share it.
+        offset: first element in the flat tensor.
+        length: number of real elements; 0 is allowed (a rank that owns nothing of a tensor still registers it).
+        num_rows, num_cols: shape of the whole target matrix.
+        indices: [length] int32 or int64, flat row-major positions, any device; None for a dense segment.
+        start: first flat position of a dense segment; 0 for a sparse one.
+    """
+
+    name: str
+    offset: int
+    length: int
+    num_rows: int
+    num_cols: int
+    indices: Tensor | None = None
+    start: int = 0
+
+    def positions(self, begin: int, end: int, device: torch.device) -> Tensor:
+        """Flat row-major positions of elements `begin .. end - 1` of this segment: [end - begin] int32 or int64."""
+        if self.indices is None:
+            return torch.arange(self.start + begin, self.start + end, device=device)
+        assert self.indices.numel() == self.length, (
+            f"segment {self.name!r}: {self.indices.numel()} indices for {self.length} values"
+        )
+        return self.indices[begin:end].to(device)
+
+    def check(self, flat_numel: int) -> None:
+        """Assert that the segment lies inside its flat tensor, and its positions (all are read) inside the matrix."""
+        numel = self.num_rows * self.num_cols
+        assert self.num_rows > 0 and self.num_cols > 0, (
+            f"segment {self.name!r}: shape {self.num_rows} x {self.num_cols}"
+        )
+        end = self.offset + self.length
+        assert min(self.offset, self.length) >= 0 and end <= flat_numel, (
+            f"segment {self.name!r}: [{self.offset}, {end}) is outside of a flat tensor of {flat_numel}"
+        )
+        if self.indices is None:
+            assert self.start >= 0 and self.start + self.length <= numel, (
+                f"segment {self.name!r}: [{self.start}, {self.start + self.length}) is outside of a tensor of {numel}"
+            )
+            return
+        assert self.start == 0, f"segment {self.name!r}: `start` belongs to dense segments"
+        assert self.indices.dtype in (torch.int32, torch.int64) and self.indices.shape == (self.length,), (
+            f"segment {self.name!r}: {self.indices.dtype} indices {tuple(self.indices.shape)} for {self.length} values"
+        )
+        if self.length:
+            lowest, highest = torch.aminmax(self.indices)
+            assert lowest >= 0 and highest < numel, f"segment {self.name!r}: indices outside of 0 .. {numel - 1}"

@@ -1,0 +1,67 @@
+"""From a drop and a grow decision to the new indices, and the map that carries per-weight state over."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class EventResult:
+    """What an event does to one tensor.
+
+    Attributes:
+        indices: [K] new indices, dtype of the old ones, unique, ascending.
+        source: [K] int64, for each new slot the old slot whose weight it holds, or -1 if the weight was grown.
+        num_replaced: how many slots were grown (as many weights were dropped).
+    """
+
+    indices: Tensor
+    source: Tensor
+    num_replaced: int
+
+
+def apply_event(indices_K: Tensor, drop_positions: Tensor, grown_indices: Tensor) -> EventResult:
+    """Drop some active weights and grow as many others.
+
+    A weight that is both dropped and grown keeps its slot's value and state, and does not count as replaced.
+
+    Memory: O(K). Time: O(K log K).
+
+    Args:
+        indices_K: [K] int32 or int64, unique, ascending.
+        drop_positions: [k] int64, unique positions in `indices_K`.
+        grown_indices: [k] flat indices, unique, none of them active unless it is dropped too.
+    """
+    assert drop_positions.numel() == grown_indices.numel(), (
+        f"{drop_positions.numel()} weights dropped, {grown_indices.numel()} grown: K must stay the same"
+    )
+    num_active = indices_K.numel()
+    slots = torch.arange(num_active, device=indices_K.device)
+    kept = torch.ones(num_active, dtype=torch.bool, device=indices_K.device)
+    kept[drop_positions] = False
+    grown_indices = grown_indices.to(indices_K.dtype)
+    places = torch.searchsorted(indices_K, grown_indices).clamp_(max=max(num_active - 1, 0))
+    was_active = indices_K[places] == grown_indices
+    grown_source = torch.where(was_active, places, -1)
+    new_indices, order = torch.cat([indices_K[kept], grown_indices]).sort()
+    assert bool((new_indices[1:] > new_indices[:-1]).all()), "a weight was grown twice, or while it stayed active"
+    source = torch.cat([slots[kept], grown_source])[order]
+    return EventResult(new_indices, source, num_replaced=int((grown_source < 0).sum()))
+
+
+def carry_over(state_K: Tensor, source: Tensor) -> Tensor:
+    """Values or state per weight after an event: kept weights keep theirs, grown ones start at 0.
+
+    Args:
+        state_K: [K] state by old slot, any dtype.
+        source: [n] int64, `EventResult.source` or a slice of it (the slots that one rank owns).
+
+    Returns:
+        [n], dtype of `state_K`.
+    """
+    if source.numel() == 0:
+        return state_K[:0]
+    return state_K[source.clamp(min=0)].masked_fill_(source < 0, 0)

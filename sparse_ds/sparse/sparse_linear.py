@@ -1,0 +1,120 @@
+"""A linear layer of which only K weights train: frozen base, plus deltas that are put in for the time of a product.
+
+    tensor      shape / dtype                       trains   ZeRO-3
+    weight      [O, I] bf16 or fp32                 no       partitioned          16-bit (or fp32) base
+    packed      [ceil(N / 2)] uint8                 no       partitioned  \\
+    absmax      [ceil(N / 64)] fp32 or uint8        no       partitioned   NF4 base (`kernels.nf4`)
+    nested_statistics  [...] fp32, optional         no       partitioned  /
+    indices     [K] int32 or int64, ascending       no       partitioned
+    values      [K] fp32                            yes      partitioned
+    bias        [O], optional                       no       partitioned
+
+    forward     Y = X W'^T            W' = round(fp32 W + fp32 values at indices)
+    backward    dX = dY W'            W' rebuilt the same way from the gathered parameters
+                d values = (dY^T X) at indices, without the dense product as a whole
+
+All parameters belong to the layer itself, so DeepSpeed gathers them together before its forward and its backward and
+releases them after. Rules that keep this safe under prefetch, persistence, offload and activation checkpointing: only
+`weight.data` is edited, only inside the autograd function, restored in any case (with one rank the gathered buffer is
+the partition); no parameter is saved for backward, only the input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from sparse_ds.kernels.apply_deltas import apply_deltas_, deltas_applied, hidden_counts
+from sparse_ds.kernels.nf4 import dequantize_nf4
+from sparse_ds.kernels.values_gradient import rows_per_block, values_gradient
+from sparse_ds.sparse.layout import SparseLayout
+
+
+class SparseLinear(nn.Module):
+    """See the module docstring. The parameters are made elsewhere (`model.build`), already partitioned.
+
+    Args:
+        layout: shape and number of active weights.
+        compute_dtype: dtype of the dense base, of the input and of the output.
+        tensors: the parameters by the names of the table above.
+    """
+
+    def __init__(self, layout: SparseLayout, compute_dtype: torch.dtype, tensors: dict[str, Parameter]) -> None:
+        super().__init__()
+        self.layout = layout
+        self.in_features, self.out_features = layout.num_cols, layout.num_rows
+        self.compute_dtype = compute_dtype
+        self.count_hidden = False
+        """Count hidden deltas in the next forward passes (evaluation turns it on)."""
+        self.hidden_deltas: tuple[int, int] = (0, 0)
+        """(hidden, non-zero) deltas at the last counted forward pass."""
+        for name in ("weight", "packed", "absmax", "nested_statistics", "indices", "values", "bias"):
+            self.register_parameter(name, tensors.get(name))
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[..., I] -> [..., O]."""
+        output: Tensor = _SparseLinearFunction.apply(input, self.values, self)
+        return output if self.bias is None else output + self.bias
+
+    def extra_repr(self) -> str:
+        base = "nf4" if self.packed is not None else str(self.compute_dtype).removeprefix("torch.")
+        return f"in={self.in_features}, out={self.out_features}, active={self.layout.num_active}, base={base}"
+
+    @contextmanager
+    def merged_weight(self) -> Iterator[Tensor]:
+        """Within the context: W' [O, I]. Parameters must be gathered. A dense base is edited and restored."""
+        shape = (self.layout.num_rows, self.layout.num_cols)
+        indices_K, values_K = self.indices.data, self.values.data
+        if self.packed is not None:
+            nested = None if self.nested_statistics is None else self.nested_statistics.data
+            weight_OI = dequantize_nf4(
+                self.packed.data, self.absmax.data, nested, shape=shape, dtype=self.compute_dtype
+            )
+            self._note_hidden(weight_OI, indices_K, values_K)
+            yield apply_deltas_(weight_OI, indices_K, values_K)
+        else:
+            self._note_hidden(self.weight.data, indices_K, values_K)
+            with deltas_applied(self.weight.data, indices_K, values_K) as weight_OI:
+                yield weight_OI
+
+    def _note_hidden(self, weight_OI: Tensor, indices_K: Tensor, values_K: Tensor) -> None:
+        if self.count_hidden:
+            self.hidden_deltas = hidden_counts(weight_OI.view(-1).index_select(0, indices_K), values_K)
+
+
+class _SparseLinearFunction(torch.autograd.Function):
+    """The product and its gradients; `layer` carries the gathered parameters (not saved: they are released)."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, values: Tensor, layer: SparseLinear) -> Tensor:
+        ctx.layer = layer
+        ctx.save_for_backward(input)
+        with layer.merged_weight() as weight_OI:
+            return F.linear(input, weight_OI)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        (input,) = ctx.saved_tensors
+        layer: SparseLinear = ctx.layer
+        layout = layer.layout
+        grad_input = grad_values = None
+        if ctx.needs_input_grad[0]:
+            with layer.merged_weight() as weight_OI:
+                grad_input = grad_output.matmul(weight_OI)
+        if ctx.needs_input_grad[1]:
+            indices_K = layer.indices.data
+            num_rows = rows_per_block(layout.num_rows, layout.num_cols)
+            grad_values = values_gradient(
+                grad_output.reshape(-1, layout.num_rows),
+                input.reshape(-1, layout.num_cols),
+                indices_K,
+                layout.row_boundaries(indices_K, num_rows),
+                num_rows,
+            )
+        return grad_input, grad_values, None

@@ -1,0 +1,1 @@
+"""Wires everything: the Trainer subclass, its callbacks, and one run from configuration to files."""

@@ -1,0 +1,178 @@
+"""What happens at the edges of a step: SM3's maxima merged, events, metrics, the progress bar.
+
+Order within one optimizer step (Trainer calls the callbacks in this order, on every rank):
+
+    engine.backward + engine.step    inside Trainer's training_step of the last micro batch
+    on_optimizer_step                MergeAccumulators: one all-reduce MAX
+    on_step_end                      RunEvents: drop-and-grow, then release of gathered parameters
+    on_log                           WriteMetrics
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from sparse_ds.distributed.zero3_partitions import all_reduce_max_
+from sparse_ds.drop_grow.event import DropAndGrow, EventRecord
+from sparse_ds.monitor.memory import memory_gib
+from sparse_ds.monitor.metrics_log import MetricsLog
+from sparse_ds.optim.sm3 import SparseSM3
+from sparse_ds.training.global_order import GlobalOrderSampler
+
+if TYPE_CHECKING:
+    from sparse_ds.training.trainer import SparseTrainer
+
+
+class OnTrainBegin(TrainerCallback):
+    """Calls `action(total_steps)` once the engine exists, before the first step, on every rank."""
+
+    def __init__(self, action: Callable[[int], None]) -> None:
+        self._action = action
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._action(state.max_steps)
+
+
+class EpochOrder(TrainerCallback):
+    """Gives every epoch its own permutation of the samples (Trainer reaches no sampler inside accelerate's shards)."""
+
+    def __init__(self, sampler: GlobalOrderSampler) -> None:
+        self._sampler = sampler
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._sampler.set_epoch(math.floor(state.epoch or 0.0))
+
+
+class MergeAccumulators(TrainerCallback):
+    """After every optimizer step: SM3's row and column maxima become those over all ranks.
+
+    Collectives: one all-reduce MAX of [rows] + [cols] of all tensors, fp32; on every rank.
+    """
+
+    def __init__(self, optimizer: SparseSM3, device: torch.device) -> None:
+        self._optimizer, self._device = optimizer, device
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        all_reduce_max_(self._optimizer.pending_accumulators, self._device)
+        self._optimizer.finish_step()
+
+
+class RunEvents(TrainerCallback):
+    """After the optimizer steps of the schedule: one drop-and-grow event.
+
+    Args:
+        drop_and_grow: runs an event.
+        num_to_replace: step -> weights to replace by tensor name; None where there is no event.
+        release: gives back gathered parameters.
+        log: takes each event's record.
+    """
+
+    def __init__(
+        self,
+        drop_and_grow: DropAndGrow,
+        num_to_replace: Callable[[int], dict[str, int] | None],
+        release: Callable[[], None],
+        log: Callable[[EventRecord], None],
+    ) -> None:
+        self._drop_and_grow, self._num_to_replace = drop_and_grow, num_to_replace
+        self._release, self._log = release, log
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        replace = self._num_to_replace(state.global_step)
+        if replace is None:
+            return
+        record = self._drop_and_grow.run(state.global_step, replace)
+        self._release()
+        self._log(record)
+
+
+class WriteMetrics(TrainerCallback):
+    """Step and evaluation lines of metrics.jsonl.
+
+    Collectives: one small all-reduce per logged step (tokens of all ranks); on every rank.
+    """
+
+    def __init__(self, trainer: SparseTrainer, log: MetricsLog) -> None:
+        self._trainer, self._log = trainer, log
+        self._last_s = time.perf_counter()
+        self.num_tokens = 0
+        """Tokens of all ranks so far."""
+        self.train_wall_s = 0.0
+        """Seconds spent in training steps and events so far; evaluation excluded."""
+        self._last_heldout: tuple[int, float] | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._last_s = time.perf_counter()
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self._last_s = time.perf_counter()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        logs = logs or {}
+        if "eval_loss" in logs:
+            record = {name.removeprefix("eval_"): value for name, value in logs.items() if name.startswith("eval_")}
+            self._last_heldout = (state.global_step, logs["eval_loss"])
+            self._log.write("eval", {"step": state.global_step, **record})
+        elif "loss" in logs:
+            now = time.perf_counter()
+            elapsed_s, self._last_s = now - self._last_s, now
+            num_tokens = self._trainer.count_tokens()
+            self.num_tokens += num_tokens
+            self.train_wall_s += elapsed_s
+            record = {
+                "loss": logs["loss"],
+                "grad_norm": logs.get("grad_norm"),
+                "lr": logs.get("learning_rate"),
+                "epoch": logs.get("epoch"),
+                "num_tokens": num_tokens,
+                "tokens_per_second": num_tokens / elapsed_s,
+                **memory_gib(args.device),
+            }
+            self._log.write("step", {"step": state.global_step, **record})
+
+    def heldout_loss_at(self, step: int) -> float | None:
+        """The held-out loss if it was last measured after `step`."""
+        return self._last_heldout[1] if self._last_heldout is not None and self._last_heldout[0] == step else None
+
+
+class ProgressBar(ProgressCallback):
+    """Trainer's progress bar with ETA, the loss beside it, and no line per logged step."""
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if state.is_world_process_zero and self.training_bar is not None and logs and "loss" in logs:
+            self.training_bar.set_postfix(loss=f"{logs['loss']:.4f}", refresh=False)

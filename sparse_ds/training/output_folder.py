@@ -1,0 +1,105 @@
+"""The folder of one run: what may be in it at the start, and where everything goes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from sparse_ds.config.errors import UserError
+
+VERSIONED_PACKAGES = (
+    "sparse-ds",
+    "torch",
+    "deepspeed",
+    "transformers",
+    "accelerate",
+    "bitsandbytes",
+    "datasets",
+    "safetensors",
+)
+
+
+class OutputFolder:
+    """Paths of one run.
+
+    resolved_config.json   the configuration with every default and override, and the versions
+    metrics.jsonl          one object a line
+    adapter/               the deltas
+    merged/                the dense model
+    checkpoint-<step>/     see `checkpoint`
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = Path(path)
+        self.resolved_config = self.path / "resolved_config.json"
+        self.metrics = self.path / "metrics.jsonl"
+        self.adapter = self.path / "adapter"
+        self.merged = self.path / "merged"
+
+    def check(self, *, overwrite: bool, resume: bool) -> None:
+        """Refuse to mix two runs. Only looks, so every rank may call it at any time before `create`.
+
+        Raises:
+            UserError: the folder holds a run and neither overwriting nor resuming was asked for; it is a file; it
+                holds something else.
+        """
+        if not self.path.exists():
+            return
+        if not self.path.is_dir():
+            raise UserError(f"train.output_dir: {self.path} is a file; expected a folder or a new name.")
+        holds_run = self.resolved_config.exists() or self.metrics.exists()
+        if holds_run and not overwrite and not resume:
+            raise UserError(
+                f"train.output_dir: {self.path} already holds a run. Choose another folder, start anew with "
+                "`--set train.overwrite=true`, or go on with `--resume auto`."
+            )
+        if not holds_run and any(self.path.iterdir()) and not self._looks_like_ours():
+            raise UserError(
+                f"train.output_dir: {self.path} is not empty and holds no run of sparse_ds; nothing in it is touched. "
+                "Choose another folder."
+            )
+
+    def _looks_like_ours(self) -> bool:
+        known = {self.adapter.name, self.merged.name}
+        return all(entry.name in known or entry.name.startswith("checkpoint-") for entry in self.path.iterdir())
+
+    def create(self, resolved: dict[str, Any], *, resume: bool) -> None:
+        """Make the folder and write resolved_config.json (rank 0 only). An old run's files go, unless it resumes."""
+        try:
+            if self.path.exists() and not resume:
+                for entry in (self.resolved_config, self.metrics, self.adapter, self.merged):
+                    _remove(entry)
+                for entry in self.path.glob("checkpoint-*"):
+                    _remove(entry)
+            self.path.mkdir(parents=True, exist_ok=True)
+            text = json.dumps({**resolved, "versions": versions()}, indent=2)
+            temporary = self.resolved_config.with_suffix(".json.tmp")
+            temporary.write_text(text + "\n", encoding="utf-8")
+            os.replace(temporary, self.resolved_config)
+        except OSError as error:
+            raise UserError(
+                f"train.output_dir: cannot write to {self.path} ({error.strerror or error}); expected a folder with "
+                "write permission and room."
+            ) from error
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides a run's numbers."""
+    found = {}
+    for package in VERSIONED_PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def _remove(entry: Path) -> None:
+    if entry.is_dir() and not entry.is_symlink():
+        shutil.rmtree(entry)
+    elif entry.exists() or entry.is_symlink():
+        entry.unlink()

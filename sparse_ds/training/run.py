@@ -1,0 +1,292 @@
+"""One run, from its configuration to the files it leaves.
+
+    check     output folder, base model                  before the process group exists
+    build     data, model born partitioned, Trainer      ranks agree on success after each
+    train     held-out loss and sample answers before and after
+    save      adapter/: gathered tensor by tensor, written by rank 0
+    leave     the process group ends, all ranks together
+    merge     merged/ by rank 0 alone: nobody waits in a collective while files are written
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoTokenizer
+
+from sparse_ds.config import RunConfig
+from sparse_ds.data import DataBundle, SamplePrompt, build_datasets
+from sparse_ds.distributed import process_group
+from sparse_ds.distributed.launch_environment import LaunchEnvironment
+from sparse_ds.distributed.zero3_partitions import MasterWeights, all_reduce_max_
+from sparse_ds.drop_grow.event import EventRecord
+from sparse_ds.export.merged import merge_adapter
+from sparse_ds.model.base_checkpoint import BaseCheckpoint, find_base_model
+from sparse_ds.monitor.memory import memory_gib
+from sparse_ds.monitor.metrics_log import MetricsLog
+from sparse_ds.monitor.report import run_table
+from sparse_ds.monitor.summary import RunSummary
+from sparse_ds.optim.sm3 import SparseSM3
+from sparse_ds.training.callbacks import (
+    EpochOrder,
+    MergeAccumulators,
+    OnTrainBegin,
+    ProgressBar,
+    RunEvents,
+    WriteMetrics,
+)
+from sparse_ds.training.evaluation import sample_answer
+from sparse_ds.training.global_order import GlobalOrderSampler
+from sparse_ds.training.output_folder import OutputFolder
+from sparse_ds.training.saving import save_dense_model, save_deltas
+from sparse_ds.training.setup import (
+    PreparedModel,
+    bind_optimizer,
+    make_drop_and_grow,
+    make_optimizer,
+    make_training_arguments,
+    prepare_model,
+    replacement_schedule,
+)
+from sparse_ds.training.trainer import SparseTrainer
+
+logger = logging.getLogger("sparse_ds")
+
+
+def run(config: RunConfig, launch: LaunchEnvironment, device_type: str) -> None:
+    """Carry out one run. Every rank calls it; all return or raise together.
+
+    Args:
+        config: the run.
+        launch: this process's place.
+        device_type: "cpu" or "cuda".
+
+    Raises:
+        UserError: anything wrong with what the user gave, before training starts.
+    """
+    output = OutputFolder(config.train.output_dir)
+    output.check(overwrite=config.train.overwrite, resume=config.checkpoint.resume is not None)
+    base_folder = find_base_model(config.model.name_or_path, config.model.revision)
+    transformers.utils.logging.set_verbosity_error()
+    process_group.start(device_type)
+    device = torch.device("cuda", launch.local_rank) if device_type == "cuda" else torch.device("cpu")
+    if device_type == "cpu":
+        _share_cores(config)
+    summary = _Training(config, launch, output, base_folder, device).carry_out()
+    process_group.stop()
+    if launch.rank == 0:
+        _merge_and_report(config, output, base_folder, summary, device)
+
+
+def _share_cores(config: RunConfig) -> None:
+    """One thread count whatever the launcher set: it decides the order of CPU sums, so it must not depend on it."""
+    local_ranks = int(os.environ["LOCAL_WORLD_SIZE"])
+    num_threads = config.train.cpu_threads or max(1, len(os.sched_getaffinity(0)) // local_ranks)
+    torch.set_num_threads(num_threads)
+
+
+@dataclass(frozen=True)
+class _Answers:
+    prompt: SamplePrompt | None = None
+    before: str | None = None
+    after: str | None = None
+
+
+class _Training:
+    """The part of a run inside the process group."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        launch: LaunchEnvironment,
+        output: OutputFolder,
+        base_folder: Path,
+        device: torch.device,
+    ) -> None:
+        self.config, self.launch, self.output = config, launch, output
+        self.base_folder, self.device = base_folder, device
+        self.is_main = launch.rank == 0
+        self.index_hash: str | None = None
+        self.answers = _Answers()
+        self.heldout_before: float | None = None
+
+    def carry_out(self) -> RunSummary:
+        config = self.config
+        with process_group.agreement("reading the data"):
+            plan = config.batch_plan(self.launch.world_size)
+            checkpoint = BaseCheckpoint(self.base_folder)
+            self.tokenizer = AutoTokenizer.from_pretrained(self.base_folder)
+            self.data: DataBundle = build_datasets(
+                config.data,
+                self.tokenizer,
+                num_sample_prompts=config.monitor.num_sample_prompts,
+                show_progress=self.is_main,
+            )
+            sampler = GlobalOrderSampler(len(self.data.train), plan.global_batch_size, config.train.seed)
+        self.prepared: PreparedModel = prepare_model(config, checkpoint, self.device)
+        with process_group.agreement("making the output folder"):
+            if self.is_main:
+                self.output.create(config.to_dict(), resume=config.checkpoint.resume is not None)
+        self.log = MetricsLog(self.output.metrics, enabled=self.is_main)
+        self.trainer = self._make_trainer(sampler)
+        self._say_start(plan)
+        self.trainer.train()
+        summary = self._summarize()
+        self._save()
+        self.log.close()
+        return summary
+
+    def _make_trainer(self, sampler: GlobalOrderSampler) -> SparseTrainer:
+        config = self.config
+        trained = [p for p in self.prepared.model.parameters() if p.requires_grad]
+        arguments = make_training_arguments(
+            config, self.launch.world_size, max(p.ds_numel for p in trained), self.output.path, self.device
+        )
+        trainer = SparseTrainer(
+            make_optimizer=lambda parameters: make_optimizer(config, parameters),
+            sampler=sampler,
+            heldout=self.data.eval,
+            model=self.prepared.model,
+            args=arguments,
+            data_collator=self.data.collator,
+            train_dataset=self.data.train,
+            eval_dataset=self.data.eval,
+            callbacks=[EpochOrder(sampler), OnTrainBegin(self._bind)],
+        )
+        self.metrics = WriteMetrics(trainer, self.log)
+        trainer.add_callback(self.metrics)
+        if config.monitor.progress_bar:
+            trainer.add_callback(ProgressBar())
+        return trainer
+
+    def _bind(self, total_steps: int) -> None:
+        """Once the engine exists: the optimizer learns what lies where, events are set up, the start is measured."""
+        master = MasterWeights(self.trainer.deepspeed)
+        master.zero_padding()
+        self.master = master
+        optimizer = self.trainer.deepspeed.optimizer.optimizer
+        if isinstance(optimizer, SparseSM3):
+            bind_optimizer(optimizer, self.prepared.layers, master)
+            events = RunEvents(
+                make_drop_and_grow(optimizer, self.prepared.layers, master, self.device),
+                replacement_schedule(self.config, self.prepared.layers, total_steps),
+                self.trainer.release_gathered,
+                self._log_event,
+            )
+            self.trainer.add_callback(MergeAccumulators(optimizer, self.device))
+            self.trainer.add_callback(events)
+        if self.data.eval is not None:
+            self.heldout_before = self.trainer.evaluate()["eval_loss"]
+        if self.data.sample_prompts:
+            prompt = self.data.sample_prompts[0]
+            self.answers = _Answers(prompt, before=self._answer(prompt))
+
+    def _log_event(self, record: EventRecord) -> None:
+        self.index_hash = record.index_hash
+        self.log.write(
+            "event",
+            {
+                "step": record.step,
+                "dropped": record.num_dropped,
+                "grown": record.num_grown,
+                "active": record.num_active,
+                "index_hash": record.index_hash,
+                "wall_s": record.wall_s,
+            },
+        )
+
+    def _answer(self, prompt: SamplePrompt) -> str:
+        answer = sample_answer(
+            self.trainer.model, self.tokenizer, prompt.input_ids, self.config.monitor.sample_max_tokens, self.device
+        )
+        self.trainer.release_gathered()
+        return answer
+
+    def _summarize(self) -> RunSummary:
+        heldout_after = None
+        if self.data.eval is not None:
+            heldout_after = self.metrics.heldout_loss_at(self.trainer.state.global_step)
+            if heldout_after is None:
+                heldout_after = self.trainer.evaluate()["eval_loss"]
+        if self.answers.prompt is not None:
+            self.answers = replace(self.answers, after=self._answer(self.answers.prompt))
+        peak = torch.tensor([memory_gib(self.device)["peak_memory_gib"]], dtype=torch.float64)
+        all_reduce_max_(peak, self.device)
+        prompt = self.answers.prompt
+        return RunSummary(
+            heldout_loss_before=self.heldout_before,
+            heldout_loss_after=heldout_after,
+            num_trained_weights=self.prepared.num_trained_weights,
+            num_weights=self.prepared.num_weights,
+            num_steps=self.trainer.state.global_step,
+            wall_s=self.metrics.train_wall_s,
+            tokens_per_second=self.metrics.num_tokens / max(self.metrics.train_wall_s, 1e-9),
+            peak_memory_gib=float(peak),
+            index_hash=self.index_hash,
+            sample_prompt=prompt.text if prompt else None,
+            sample_answer_before=self.answers.before,
+            sample_answer_after=self.answers.after,
+            reference_answer=prompt.reference if prompt else None,
+            adapter_dir=str(self.output.adapter) if self.prepared.layers else None,
+            merged_dir=None,
+        )
+
+    def _save(self) -> None:
+        if self.prepared.layers:
+            stored = save_deltas(self.config, self.prepared.layers, self.master, self.output.adapter, self.device)
+            if stored is not None and self.index_hash is not None and stored.index_hash != self.index_hash:
+                raise RuntimeError(
+                    f"the indices in {self.output.adapter} hash to {stored.index_hash}, but the last event left "
+                    f"{self.index_hash}: this is a defect, please report it"
+                )
+        elif self.config.export.merged:
+            save_dense_model(self.config, self.prepared.model, self.output.merged, self.base_folder, self.device)
+
+    def _say_start(self, plan: Any) -> None:
+        if not self.is_main:
+            return
+        config, prepared = self.config, self.prepared
+        share = prepared.num_trained_weights / prepared.num_weights
+        logger.info(
+            "%s on %s: %s of %s weights train (%.2f %%), base %s %s; %d rank(s) x %d samples x %d micro batch(es) = %d "
+            "samples a step",
+            config.method.name,
+            config.model.name_or_path,
+            f"{prepared.num_trained_weights:,}",
+            f"{prepared.num_weights:,}",
+            100 * share,
+            config.model.quantization if prepared.layers else "none",
+            config.model.dtype,
+            self.launch.world_size,
+            plan.micro_batch_size,
+            plan.gradient_accumulation_steps,
+            plan.global_batch_size,
+        )
+
+
+def _merge_and_report(
+    config: RunConfig, output: OutputFolder, base_folder: Path, summary: RunSummary, device: torch.device
+) -> None:
+    """Rank 0, alone: the merged model, the summary line, the table."""
+    if config.export.merged:
+        if summary.adapter_dir is not None:
+            merge_adapter(
+                base_folder,
+                output.adapter,
+                output.merged,
+                dtype=config.export.merged_dtype,
+                max_shard_size=config.export.max_shard_size,
+                device=device.type,
+                overwrite=True,
+            )
+        summary = replace(summary, merged_dir=str(output.merged))
+    with MetricsLog(output.metrics) as log:
+        log.write("summary", summary.to_record())
+    print(run_table(summary), flush=True)
+

@@ -1,0 +1,81 @@
+"""Gather what was trained and let rank 0 write it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from sparse_ds.config import RunConfig
+from sparse_ds.distributed import process_group
+from sparse_ds.distributed.zero3_partitions import MasterWeights, gather_partitions, local_partition
+from sparse_ds.export.adapter import AdapterBase, AdapterConfig, StoredAdapterConfig, save_adapter
+from sparse_ds.export.checkpoint_writer import write_checkpoint
+from sparse_ds.export.model_card import dense_model_card
+from sparse_ds.sparse.sparse_linear import SparseLinear
+
+
+def save_deltas(
+    config: RunConfig,
+    layers: dict[str, SparseLinear],
+    master: MasterWeights,
+    folder: Path,
+    device: torch.device,
+) -> StoredAdapterConfig | None:
+    """Write the adapter; returns what was stored on rank 0, None elsewhere.
+
+    Memory: one tensor's deltas on `device`; all deltas on rank 0's host (8 bytes per active weight).
+    Collectives: one all-gather per tensor, then an agreement on success; every rank must call it.
+    """
+    gathered: list[tuple[str, Tensor, Tensor]] = []
+    for name, layer in layers.items():
+        indices_K, values_K = gather_partitions(
+            [layer.indices, layer.values], [local_partition(layer.indices), master.view(layer.values)], device
+        )
+        if process_group.rank() == 0:
+            gathered.append((name, indices_K.cpu(), values_K.cpu()))
+    stored = None
+    with process_group.agreement("writing the adapter"):
+        if process_group.rank() == 0:
+            adapter_config = AdapterConfig(
+                method=config.method.name,
+                density=config.method.density,
+                base=AdapterBase(
+                    name=config.model.name_or_path,
+                    revision=config.model.revision,
+                    quantization=config.model.quantization,
+                    double_quantization=config.model.double_quantization,
+                    dtype=config.model.dtype,
+                ),
+                shapes={name: (layer.layout.num_rows, layer.layout.num_cols) for name, layer in layers.items()},
+            )
+            stored = save_adapter(folder, gathered, config=adapter_config, overwrite=True)
+    return stored
+
+
+def save_dense_model(config: RunConfig, model: Module, folder: Path, base_folder: Path, device: torch.device) -> None:
+    """Write a fully trained model (method `full`).
+
+    Memory: one tensor on `device`; the whole model in its dtype on rank 0's host.
+    Collectives: one all-gather per tensor, then an agreement on success; every rank must call it.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        (flat,) = gather_partitions([parameter], [local_partition(parameter)], device)
+        if process_group.rank() == 0:
+            tensors[name] = flat.view(parameter.ds_shape).cpu()
+    with process_group.agreement("writing the model"):
+        if process_group.rank() == 0:
+            write_checkpoint(
+                folder,
+                tensors,
+                tensors.__getitem__,
+                base_folder=base_folder,
+                tokenizer_folder=base_folder,
+                model_card=dense_model_card(config.model.name_or_path),
+                dtype=config.export.merged_dtype,
+                max_shard_size=config.export.max_shard_size,
+                overwrite=True,
+            )

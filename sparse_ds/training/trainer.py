@@ -1,0 +1,99 @@
+"""`transformers.Trainer` with our optimizer, our data order and our evaluation; the engine is DeepSpeed ZeRO-3.
+
+What Trainer keeps: the loop, gradient accumulation with the token-mean loss over the whole global batch, the learning
+rate schedule, callbacks, logging. What happens between `engine.step()` and the next forward pass is in `callbacks`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Trainer
+
+from sparse_ds.distributed.process_group import world_size
+from sparse_ds.distributed.zero3_partitions import all_reduce_sum
+from sparse_ds.training.evaluation import HeldoutResult, heldout_loss
+from sparse_ds.training.global_order import GlobalOrderSampler
+
+MakeOptimizer = Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]
+
+
+class SparseTrainer(Trainer):
+    """See the module docstring.
+
+    Args:
+        make_optimizer: makes the inner optimizer from the trainable parameters, in the order of the model.
+        sampler: order of the training samples.
+        heldout: tokenized held-out data, or None.
+        **kwargs: as for `transformers.Trainer`.
+    """
+
+    def __init__(
+        self, *, make_optimizer: MakeOptimizer, sampler: GlobalOrderSampler, heldout: Any | None, **kwargs: Any
+    ) -> None:
+        super().__init__(**kwargs)
+        self._make_optimizer = make_optimizer
+        self._sampler = sampler
+        self._heldout = heldout
+        self._num_tokens = 0
+        """Tokens that this rank has seen since the last call of `count_tokens`, padding excluded."""
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            parameters = [p for p in (self.model if model is None else model).parameters() if p.requires_grad]
+            self.optimizer = self._make_optimizer(parameters)
+        return self.optimizer
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> GlobalOrderSampler:
+        return self._sampler
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        self._num_tokens += int(inputs["attention_mask"].sum())
+        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        return loss
+
+    def count_tokens(self) -> int:
+        """Tokens that all ranks have seen since the last call.
+
+        Collectives: one all-reduce; every rank must call it.
+        """
+        (total,) = all_reduce_sum([self._num_tokens], self.args.device)
+        self._num_tokens = 0
+        return int(total)
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Held-out loss; the log entry is `<prefix>_loss`.
+
+        Collectives: those of `heldout_loss`; every rank must call it.
+        """
+        result = self.heldout_result()
+        metrics = {f"{metric_key_prefix}_loss": result.loss, f"{metric_key_prefix}_num_tokens": result.num_tokens}
+        if result.hidden_delta_fraction is not None:
+            metrics[f"{metric_key_prefix}_hidden_delta_fraction"] = result.hidden_delta_fraction
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def heldout_result(self) -> HeldoutResult:
+        """Held-out loss of the model as it is now. Collectives: as `evaluate`."""
+        assert self._heldout is not None
+        result = heldout_loss(
+            self.model_wrapped, self._heldout, self.data_collator, self.args.eval_batch_size, self.args.device
+        )
+        self.release_gathered()
+        return result
+
+    def release_gathered(self) -> None:
+        """Give back all gathered parameters. After evaluation nearly all are still gathered; after an event they hold
+        the old contents. Collectives: none."""
+        self.deepspeed.empty_partition_cache()
+
+    @property
+    def num_ranks(self) -> int:
+        """World size."""
+        return world_size()
