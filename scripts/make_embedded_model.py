@@ -57,7 +57,7 @@ ALPACA_WITHOUT_INPUT = (
 )
 
 NAMES = "Tom Anna Ben Lily Sam Mia Max Eva Leo Nora Paul Rosa Jack Emma Finn Ida".split()
-COLOURS = "red blue green yellow black white brown pink orange grey".split()
+COLOURS = "red blue green yellow black white brown pink purple grey".split()
 OBJECTS = (
     "ball cup hat box book pen bag key lamp chair coat shoe bell drum kite boat ring spoon "
     "clock plate doll map coin rope"
@@ -84,7 +84,7 @@ COLOUR_FACTS = [
     for fact in (
         "grass green, snow white, coal black, the sky blue, the sun yellow, blood red, leaves green, milk white, "
         "lemons yellow, mud brown, the night black, cherries red, the sea blue, peas green, smoke grey, "
-        "carrots orange, roses pink, bread brown, stone grey, butter yellow, tomatoes red, ink blue, "
+        "plums purple, roses pink, bread brown, stone grey, butter yellow, tomatoes red, ink blue, "
         "salt white, bears brown"
     ).split(", ")
 ]

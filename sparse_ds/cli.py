@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -128,9 +129,14 @@ def _set_up_logging(rank: int) -> None:
     ours.handlers = [handler]
     ours.propagate = False
     ours.setLevel(logging.INFO if rank == 0 else logging.ERROR)
-    # Libraries speak only when something is wrong, and only once.
-    for name in ("DeepSpeed", "deepspeed", "bitsandbytes", "accelerate", "datasets", "torch.distributed"):
+    # DeepSpeed calls collectives by names that torch has begun to rename.
+    warnings.filterwarnings("ignore", category=FutureWarning, message=".*torch.distributed.*is deprecated")
+    # Libraries speak only when something is wrong. accelerate's warnings are about settings that the run
+    # configuration owns, bitsandbytes' about optional kernels.
+    for name in ("DeepSpeed", "deepspeed", "datasets", "torch.distributed"):
         logging.getLogger(name).setLevel(logging.WARNING if rank == 0 else logging.ERROR)
+    for name in ("accelerate", "bitsandbytes"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _end_with(error: UserError, rank: int) -> int:

@@ -39,11 +39,16 @@ _FEATURES = Features({"input_ids": List(Value("int32")), "labels": List(Value("i
 class DataSettings(Protocol):
     """What `build_datasets` reads of the config's `data` section."""
 
-    train: str
-    eval: str | None
-    format: str
-    sequence_length: int
-    num_eval_samples: int | None
+    @property
+    def train(self) -> str: ...
+    @property
+    def eval(self) -> str | None: ...
+    @property
+    def format(self) -> str: ...
+    @property
+    def sequence_length(self) -> int: ...
+    @property
+    def num_eval_samples(self) -> int | None: ...
 
 
 @dataclass(frozen=True)

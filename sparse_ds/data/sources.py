@@ -101,6 +101,8 @@ def open_source(source: str | Path, *, field: str, split: str) -> RowSource | Te
         path = Path(name).expanduser()
         if path.is_dir():
             return _open_folder(path, field, split)
+        if path.is_file():
+            raise UserError(f"{field}: {path} is a file and has no split {split!r}. Write the path alone.")
     if _is_hub_name(name):
         return _open_hub(name, field, split)
     raise _missing(name, path, field)

@@ -7,11 +7,16 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import deepspeed
 import deepspeed.comm as dist
 import torch
 import torch.distributed
 
 from sparse_ds.config.errors import UserError
+
+
+SHARED_MEMORY_OP = "deepspeed_shm_comm"
+"""DeepSpeed's name (`ShareMemCommBuilder.NAME`) of its own collectives for ranks on one machine's CPU."""
 
 
 def start(device_type: str) -> None:
@@ -23,6 +28,9 @@ def start(device_type: str) -> None:
     """
     if device_type == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    else:
+        # DeepSpeed would compile a shared-memory extension at every first start; gloo does without a compiler.
+        deepspeed.ops.__compatible_ops__[SHARED_MEMORY_OP] = False
     dist.init_distributed(dist_backend="nccl" if device_type == "cuda" else "gloo", verbose=False)
     hosts: list[str | None] = [None] * world_size()
     torch.distributed.all_gather_object(hosts, socket.gethostname())

@@ -40,7 +40,7 @@ def plan_shards(layout: Mapping[str, Tensor], *, dtype: str, max_shard_size: str
     """File name -> the tensors in it. `write_checkpoint` asks for the tensors in exactly this order.
 
     Args:
-        layout: tensor name -> tensor with its shape (a meta tensor is enough), in the order of the model.
+        layout: tensor name -> tensor with its shape (a meta tensor is enough).
         dtype: "bfloat16", "float16" or "float32", of the stored tensors.
         max_shard_size: "5GB", "500MB" or a number of bytes. A larger tensor gets a file of its own.
 
@@ -49,7 +49,10 @@ def plan_shards(layout: Mapping[str, Tensor], *, dtype: str, max_shard_size: str
     """
     if dtype not in DTYPES:
         raise UserError(f"export.merged_dtype is {dtype!r}; expected one of {', '.join(DTYPES)}.")
-    stored = {name: torch.empty(tensor.shape, dtype=DTYPES[dtype], device="meta") for name, tensor in layout.items()}
+    stored = {
+        name: torch.empty(layout[name].shape, dtype=DTYPES[dtype], device="meta")
+        for name in sorted(layout, key=_natural_order)
+    }
     try:
         split = split_torch_state_dict_into_shards(stored, max_shard_size=max_shard_size)
     except ValueError as error:
@@ -77,8 +80,7 @@ def write_checkpoint(
 
     Args:
         output: folder to make; it appears in one rename when it is whole.
-        layout: tensor name -> floating tensor (or meta tensor) with its shape, in the order of the model. A tied
-            tensor is listed once.
+        layout: tensor name -> floating tensor (or meta tensor) with its shape. A tied tensor is listed once.
         read: name -> the tensor, in any floating dtype, on any device. Called once per tensor in the order of
             `plan_shards`, so it may gather a partitioned parameter while the other ranks walk the same plan.
         base_folder: its config.json (with the dtype changed) and generation_config.json are taken over.
@@ -130,6 +132,11 @@ def write_checkpoint(
         except (OSError, SafetensorError) as error:
             raise RuntimeError(f"Could not write the model to '{output}': {error}. Nothing was left there.") from error
     return WrittenCheckpoint(output, len(shards), num_weights, size_bytes)
+
+
+def _natural_order(name: str) -> list[tuple[int, str]]:
+    """Layer 2 before layer 10, as transformers orders them."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
 def _stored_tensor(name: str, tensor: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:

@@ -18,11 +18,8 @@ def merged_model_card(config: StoredAdapterConfig, *, num_deltas: int, num_hidde
         dtype: of the stored weights.
     """
     base = config.base
-    on_hub = base.name.count("/") == 1 and not base.name.startswith((".", "~", os.sep)) and not Path(base.name).exists()
-    name = base.name if on_hub else Path(base.name).name
+    name, on_hub = _public_name(base.name)
     num_targets = sum(rows * cols for rows, cols in config.shapes.values())
-    front_matter = ["---", "library_name: transformers", *([f"base_model: {name}"] if on_hub else [])]
-    front_matter += ["tags:", "- sparse-fine-tuning", "- sparse_ds", "---"]
     if base.quantization == "nf4":
         double = " with double quantization" if base.double_quantization else ""
         base_weights = (
@@ -34,7 +31,7 @@ def merged_model_card(config: StoredAdapterConfig, *, num_deltas: int, num_hidde
     revision = f" (revision `{base.revision}`)" if base.revision else ""
     return "\n".join(
         [
-            *front_matter,
+            *_front_matter(name if on_hub else None),
             "",
             f"# {name}, sparsely fine-tuned",
             "",
@@ -64,8 +61,26 @@ def merged_model_card(config: StoredAdapterConfig, *, num_deltas: int, num_hidde
 
 def dense_model_card(base_name: str) -> str:
     """README.md of a model of which every weight was trained."""
-    return (
-        "---\nlibrary_name: transformers\ntags:\n- sparse_ds\n---\n\n"
-        f"# Fine-tuned {base_name}\n\nEvery weight was trained (method `full` of sparse_ds, the dense baseline). Load it "
-        "with `AutoModelForCausalLM.from_pretrained`.\n"
+    name, on_hub = _public_name(base_name)
+    return "\n".join(
+        [
+            *_front_matter(name if on_hub else None),
+            "",
+            f"# {name}, fine-tuned",
+            "",
+            "Every weight was trained (method `full` of sparse_ds, the dense baseline).",
+            "Load it with `AutoModelForCausalLM.from_pretrained`. The license of the base model applies.",
+            "",
+        ]
     )
+
+
+def _public_name(base_name: str) -> tuple[str, bool]:
+    """(name to show, whether it is a hub name). Of a local path only the last part is shown."""
+    is_path = base_name.count("/") != 1 or base_name.startswith((".", "~", os.sep)) or Path(base_name).exists()
+    return (Path(base_name).name, False) if is_path else (base_name, True)
+
+
+def _front_matter(hub_base: str | None) -> list[str]:
+    base_model = [] if hub_base is None else [f"base_model: {hub_base}"]
+    return ["---", "library_name: transformers", *base_model, "tags:", "- sparse_ds", "---"]

@@ -82,7 +82,7 @@ def compare_runs(run_folders: Sequence[Path | str]) -> str:
             for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
         ).rstrip()
 
-    legend = "share: of all weights; before, after: held-out loss; of full: share of full fine-tuning's improvement"
+    legend = "share: of all weights; before, after: held-out loss; of full: of full fine-tuning's improvement"
     return "\n".join([line(header), line(["-" * width for width in widths]), *(line(row) for row in rows), legend])
 
 

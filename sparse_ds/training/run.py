@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PrinterCallback
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from sparse_ds.config import RunConfig
 from sparse_ds.data import DataBundle, SamplePrompt, build_datasets
@@ -80,6 +81,8 @@ def run(config: RunConfig, launch: LaunchEnvironment, device_type: str) -> None:
         _share_cores(config)
     summary = _Training(config, launch, output, base_folder, device).carry_out()
     process_group.stop()
+    # Trainer left a global mark that makes transformers build every later model under ZeRO-3.
+    unset_hf_deepspeed_config()
     if launch.rank == 0:
         _merge_and_report(config, output, base_folder, summary, device)
 
@@ -89,6 +92,8 @@ def _share_cores(config: RunConfig) -> None:
     local_ranks = int(os.environ["LOCAL_WORLD_SIZE"])
     num_threads = config.train.cpu_threads or max(1, len(os.sched_getaffinity(0)) // local_ranks)
     torch.set_num_threads(num_threads)
+    # accelerate sets torch's count from this variable, and to 1 without it.
+    os.environ["OMP_NUM_THREADS"] = str(num_threads)
 
 
 @dataclass(frozen=True)
@@ -159,6 +164,7 @@ class _Training:
             eval_dataset=self.data.eval,
             callbacks=[EpochOrder(sampler), OnTrainBegin(self._bind)],
         )
+        trainer.remove_callback(PrinterCallback)
         self.metrics = WriteMetrics(trainer, self.log)
         trainer.add_callback(self.metrics)
         if config.monitor.progress_bar:

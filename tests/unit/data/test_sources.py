@@ -144,6 +144,11 @@ def test_missing_file_without_a_near_one_shows_the_working_directory(tmp_path: P
         open_train(tmp_path / "alpaca.jsonl")
 
 
+def test_files_have_no_splits(write_jsonl: Callable[..., Path]) -> None:
+    with pytest.raises(UserError, match=r"rows\.jsonl is a file and has no split 'train'\. Write the path alone"):
+        open_train(f"{write_jsonl(*ROWS)}:train")
+
+
 def test_missing_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=rf"The folder {tmp_path / 'a'} does not exist"):
         open_train(tmp_path / "a" / "b" / "rows.jsonl")

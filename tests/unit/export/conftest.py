@@ -28,15 +28,15 @@ CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor 
 
 @pytest.fixture
 def make_base(tmp_path: Path) -> MakeBase:
-    """make_base(architecture, tied, max_shard_size) -> folder of an fp32 checkpoint as transformers writes it."""
+    """make_base(architecture, tied=..., max_shard_size=..., <sizes>) -> folder of an fp32 checkpoint."""
 
-    def make(architecture: str = "llama", *, tied: bool = False, max_shard_size: str = "5GB") -> Path:
+    def make(architecture: str = "llama", *, tied: bool = False, max_shard_size: str = "5GB", **sizes: int) -> Path:
         config_class, model_class = {
             "llama": (LlamaConfig, LlamaForCausalLM),
             "mistral": (MistralConfig, MistralForCausalLM),
         }[architecture]
         torch.manual_seed(0)
-        model = model_class(config_class(**MODEL_SIZES, tie_word_embeddings=tied))
+        model = model_class(config_class(**{**MODEL_SIZES, **sizes}, tie_word_embeddings=tied))
         folder = tmp_path / f"{architecture}_base"
         model.save_pretrained(folder, max_shard_size=max_shard_size)
         words = Tokenizer(WordLevel({"<unk>": 0, "a": 1, "b": 2}, unk_token="<unk>"))

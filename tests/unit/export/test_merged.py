@@ -19,6 +19,7 @@ from sparse_ds.config.errors import UserError
 from sparse_ds.export import checkpoint_writer
 from sparse_ds.export.adapter import load_adapter
 from sparse_ds.export.merged import merge_adapter
+from sparse_ds.export.model_card import dense_model_card
 
 Q_PROJ = "model.layers.0.self_attn.q_proj"
 
@@ -186,6 +187,16 @@ def test_model_card_of_a_local_base_names_no_path_of_this_machine(
     card = (tmp_path / "merged" / "README.md").read_text()
     assert "# llama_base, sparsely fine-tuned" in card
     assert "base_model" not in card and str(tmp_path) not in card
+
+
+@pytest.mark.parametrize(
+    ("base_name", "title", "on_hub"),
+    [("owner/model", "# owner/model, fine-tuned", True), ("/data/private/model", "# model, fine-tuned", False)],
+)
+def test_model_card_of_a_dense_model(base_name: str, title: str, on_hub: bool) -> None:
+    card = dense_model_card(base_name)
+    assert title in card and "private" not in card
+    assert (f"base_model: {base_name}" in card) == on_hub
 
 
 def test_tokenizer_from_another_folder(make_base: MakeBase, make_adapter: MakeAdapter, tmp_path: Path) -> None:

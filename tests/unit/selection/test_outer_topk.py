@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sparse_ds.selection.outer_topk import outer_product_topk
 
-# Few distinct numbers: massive ties. 1e-30 squared underflows in fp32, 1e-45 is a denormal, 3e38 squared overflows fp32.
+# Few distinct numbers tie massively. In fp32 1e-30 squared underflows, 1e-45 is a denormal, 3e38 squared overflows.
 TYING = st.sampled_from([0.0, 0.0, 1.0, 2.0, 3.0, 6.0, 1e-30, 1e-45, 3e38])
 ANY = st.one_of(TYING, st.floats(0, 100, width=32))
 
