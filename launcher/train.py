@@ -8,7 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from sparse_ds.cli import train  # noqa: E402
+from sparse_ds.cli import train
 
 if __name__ == "__main__":
     sys.exit(train())

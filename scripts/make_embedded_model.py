@@ -33,6 +33,8 @@ import sentencepiece
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlamaTokenizer
 
+from sparse_ds.data.templates import ALPACA_WITH_INPUT, ALPACA_WITHOUT_INPUT, alpaca_prompt
+
 MAX_WEIGHTS_BYTES = 2_000_000
 MAX_ROWS_BYTES = 500_000
 MAX_ROW_TOKENS = 128
@@ -42,19 +44,6 @@ HELD_OUT_KEYS = 7  # one key in seven is held out
 TRAIN_ROWS_PER_EVAL_ROW = 12
 PRETRAIN_SEQUENCE_TOKENS = 128
 PRETRAIN_BATCH_ROWS = 16
-
-# The text that sparse_ds.data puts around an Alpaca row (Stanford Alpaca's wording). It trains the tokenizer, so that
-# it stays short in tokens; the model never sees it before fine-tuning.
-ALPACA_WITH_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further context. "
-    "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
-)
-ALPACA_WITHOUT_INPUT = (
-    "Below is an instruction that describes a task. "
-    "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Response:\n"
-)
 
 NAMES = "Tom Anna Ben Lily Sam Mia Max Eva Leo Nora Paul Rosa Jack Emma Finn Ida".split()
 COLOURS = "red blue green yellow black white brown pink purple grey".split()
@@ -213,7 +202,7 @@ def tell_opposite(rng: random.Random) -> str:
             f"The opposite of {a} is {b}.",
             f"{capitalize(a)} and {b} are opposites.",
             f"What is not {a} is {b}.",
-            f"{rng.choice(NAMES)} said {a}, but the opposite is {b}.",
+            f"{rng.choice(NAMES)} looked for the opposite of {a}. The opposite of {a} is {b}.",
         )
     )
 
@@ -224,20 +213,32 @@ def tell_colour(rng: random.Random) -> str:
         (
             f"The colour of {thing} is {colour}.",
             f"{rng.choice(NAMES)} knows that the colour of {thing} is {colour}.",
-            f"Think of {thing} and you think of {colour}.",
+            f"{rng.choice(NAMES)} saw {thing}. The colour of {thing} is {colour}.",
         )
     )
 
 
 def tell_sum(rng: random.Random) -> str:
     a, b = rng.randint(1, 10), rng.randint(1, 10)
-    total = f"{NUMBERS[a - 1]} plus {NUMBERS[b - 1]} is {NUMBERS[a + b - 1]}."
-    return rng.choice((capitalize(total), f"{rng.choice(NAMES)} knows that {total}"))
+    first, second, total = NUMBERS[a - 1], NUMBERS[b - 1], NUMBERS[a + b - 1]
+    return rng.choice(
+        (
+            f"The sum of {first} and {second} is {total}.",
+            f"{rng.choice(NAMES)} knows that {first} plus {second} is {total}.",
+            f"{rng.choice(NAMES)} had {first} and then {second}. The sum of {first} and {second} is {total}.",
+        )
+    )
 
 
 def tell_successor(rng: random.Random) -> str:
     kind, a, b = rng.choice(SUCCESSORS)
-    return rng.choice((f"The {kind} after {a} is {b}.", f"{capitalize(a)} comes before {b}.", f"After {a} comes {b}."))
+    return rng.choice(
+        (
+            f"The {kind} after {a} is {b}.",
+            f"After {a} comes {b}.",
+            f"{rng.choice(NAMES)} looked at {a}. The {kind} after {a} is {b}.",
+        )
+    )
 
 
 def tell_kind(rng: random.Random) -> str:
@@ -328,37 +329,42 @@ def ask_opposite(rng: random.Random) -> Row:
 
 def ask_colour(rng: random.Random) -> Row:
     thing, colour = rng.choice(COLOUR_FACTS)
-    order = rng.choice(("What is the colour of {}?", "Name the colour of {}.")).format(thing)
+    order = rng.choice(("What is the colour of {}?", "Name the colour of {}.", "Give the colour of {}.")).format(thing)
     return f"colour {thing}", order, "", f"The colour of {thing} is {colour}."
 
 
 def ask_sum(rng: random.Random) -> Row:
     a, b = rng.randint(1, 10), rng.randint(1, 10)
-    order = rng.choice(("What is {} plus {}?", "Add {} and {}.")).format(NUMBERS[a - 1], NUMBERS[b - 1])
-    return f"sum {a} {b}", order, "", f"{capitalize(NUMBERS[a - 1])} plus {NUMBERS[b - 1]} is {NUMBERS[a + b - 1]}."
+    order = rng.choice(("What is {} plus {}?", "Add {} and {}.", "Give the sum of {} and {}.")).format(
+        NUMBERS[a - 1], NUMBERS[b - 1]
+    )
+    answer = f"The sum of {NUMBERS[a - 1]} and {NUMBERS[b - 1]} is {NUMBERS[a + b - 1]}."
+    return f"sum {a} {b}", order, "", answer
 
 
 def ask_successor(rng: random.Random) -> Row:
     kind, a, b = rng.choice(SUCCESSORS)
-    order = rng.choice((f"Which {kind} comes after {a}?", f"Name the {kind} after {a}."))
+    order = rng.choice((f"Which {kind} comes after {a}?", f"Name the {kind} after {a}.", f"Give the {kind} after {a}."))
     return f"after {a}", order, "", f"The {kind} after {a} is {b}."
 
 
 def ask_kind(rng: random.Random) -> Row:
     thing, kind = rng.choice(KINDS)
-    return f"kind {thing}", f"What is {thing}?", "", f"{capitalize(thing)} is {kind}."
+    word = thing.removeprefix("a ")
+    order = rng.choice(("What kind of word is {}?", "Give the kind of the word {}.")).format(word)
+    return f"kind {word}", order, "", f"It is {kind}."
 
 
 ASKERS: list[tuple[Callable[[random.Random], Row], int]] = [
-    (ask_passage, 960),
-    (ask_list, 420),
-    (ask_repetition, 300),
+    (ask_passage, 900),
+    (ask_list, 360),
+    (ask_repetition, 260),
     (ask_counting, 200),
     (ask_opposite, 150),
-    (ask_colour, 36),
-    (ask_sum, 150),
-    (ask_successor, 36),
-    (ask_kind, 60),
+    (ask_colour, 54),
+    (ask_sum, 190),
+    (ask_successor, 54),
+    (ask_kind, 80),
 ]
 """Task and number of training rows; about a twelfth as many are held out."""
 
@@ -383,7 +389,8 @@ def generate_instructions(rng: random.Random) -> tuple[list[dict[str, str]], lis
 
 
 def format_prompt(row: dict[str, str]) -> str:
-    return (ALPACA_WITH_INPUT if row["input"] else ALPACA_WITHOUT_INPUT).format(**row)
+    """What a run on Alpaca rows puts before the answer; the model never sees it before fine-tuning."""
+    return alpaca_prompt(row["instruction"], row["input"])
 
 
 # ------------------------------------------------------------------------------------------------ tokenizer
@@ -391,6 +398,8 @@ def format_prompt(row: dict[str, str]) -> str:
 
 def train_tokenizer(folder: Path, rows: list[dict[str, str]], rng: random.Random) -> LlamaTokenizer:
     """Train sentencepiece on corpus, rows and template, and write it as ``tokenizer.model`` and ``tokenizer.json``.
+
+    The template is repeated so that it stays short in tokens, the word lists so that each word is a token or two.
 
     No space is put in front of a text (``add_dummy_prefix=False``), so tokens of prompt + completion are the tokens of
     the prompt followed by those of the completion.

@@ -6,6 +6,7 @@ Nothing heavy is imported before the arguments and the configuration are known t
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import sys
@@ -56,6 +57,9 @@ def _add_train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override one value; repeatable"
     )
+    parser.add_argument(
+        "--resume", metavar="auto|PATH", help="go on from the newest checkpoint of the run, or from this one"
+    )
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
 
 
@@ -73,7 +77,8 @@ def _report(runs: list[Path]) -> int:
 def _train(arguments: argparse.Namespace) -> int:
     rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
     try:
-        config = load_config(arguments.config, arguments.set)
+        resume = [] if arguments.resume is None else [f"checkpoint.resume={json.dumps(arguments.resume)}"]
+        config = load_config(arguments.config, [*arguments.set, *resume])
         _carry_out(config)
     except UserError as error:
         return _end_with(error, rank)
@@ -112,11 +117,13 @@ def _choose_device(wanted: str, forced_cpu: bool) -> str:
 
     if wanted == "cuda" and not torch.cuda.is_available():
         raise UserError(
-            'train.device: got "cuda", but torch finds no GPU here; expected a machine with one, a torch build for CUDA, '
-            'or train.device "auto" or "cpu".'
+            'train.device: got "cuda", but torch finds no GPU here; expected a machine with one, a torch build for '
+            'CUDA, or train.device "auto" or "cpu".'
         )
     if wanted == "cuda" and forced_cpu:
-        raise UserError('train.device: got "cuda", but `accelerate launch` was told to use the CPU; make both the same.')
+        raise UserError(
+            'train.device: got "cuda", but `accelerate launch` was told to use the CPU; make both the same.'
+        )
     if wanted == "auto":
         return "cuda" if torch.cuda.is_available() and not forced_cpu else "cpu"
     return wanted

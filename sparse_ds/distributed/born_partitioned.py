@@ -36,7 +36,9 @@ class PartitionedParameters:
     def __init__(self, *, offload_device: str = "none", pin_memory: bool = False) -> None:
         self._init = Init(remote_device=None if offload_device == "none" else offload_device, pin_memory=pin_memory)
 
-    def make(self, shape: tuple[int, ...], dtype: torch.dtype, fill: FillPartition, *, requires_grad: bool) -> Parameter:
+    def make(
+        self, shape: tuple[int, ...], dtype: torch.dtype, fill: FillPartition, *, requires_grad: bool
+    ) -> Parameter:
         """One parameter of `shape`, of which this rank holds only its slice.
 
         Memory: the partition. Collectives: none. Every rank must make the same parameters in the same order

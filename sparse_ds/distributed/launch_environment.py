@@ -1,4 +1,4 @@
-"""Who started this process, and which rank it is: `deepspeed`, `accelerate launch`, `torchrun`, `srun` or plain `python`.
+"""Who started this process, and which rank it is: `deepspeed`, `accelerate launch`, `torchrun`, `srun` or `python`.
 
 DeepSpeed wants RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT in the environment; without them it looks for
 mpi4py. `complete_environment` fills in what a launcher left out. No torch import: it runs before anything heavy.
@@ -53,8 +53,8 @@ def complete_environment(environ: MutableMapping[str, str]) -> LaunchEnvironment
     if missing:
         raise UserError(
             f"launcher: {', '.join(missing)} not set although RANK={environ.get('RANK')} is; expected all of "
-            f"{', '.join(REQUIRED_VARIABLES)}. Start with `deepspeed`, `torchrun`, `accelerate launch`, `srun` or plain "
-            "`python`, or unset RANK."
+            f"{', '.join(REQUIRED_VARIABLES)}. Start with `deepspeed`, `torchrun`, `accelerate launch`, `srun` or "
+            "plain `python`, or unset RANK."
         )
     rank, world_size, local_rank = (_number(environ, name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     if not 0 <= rank < world_size:

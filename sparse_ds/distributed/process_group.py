@@ -14,7 +14,6 @@ import torch.distributed
 
 from sparse_ds.config.errors import UserError
 
-
 SHARED_MEMORY_OP = "deepspeed_shm_comm"
 """DeepSpeed's name (`ShareMemCommBuilder.NAME`) of its own collectives for ranks on one machine's CPU."""
 
@@ -73,7 +72,9 @@ def agreement(what: str) -> Iterator[None]:
         yield
     except Exception as error:
         failure = error
-    report = None if failure is None else (type(failure).__name__, str(failure), isinstance(failure, ValueError | OSError))
+    report = (
+        None if failure is None else (type(failure).__name__, str(failure), isinstance(failure, ValueError | OSError))
+    )
     reports: list[tuple[str, str, bool] | None] = [report] * world_size()
     if torch.distributed.is_initialized():
         torch.distributed.all_gather_object(reports, report)

@@ -40,6 +40,16 @@ def owned_range(parameter: Parameter) -> tuple[int, int]:
     return start, min(size, parameter.ds_numel - start)
 
 
+def full_size(parameter: Parameter) -> int:
+    """Elements of the whole tensor, wherever they are (`parameter.numel()` is 0 while it is not gathered)."""
+    return int(parameter.ds_numel)
+
+
+def full_shape(parameter: Parameter) -> tuple[int, ...]:
+    """Shape of the whole tensor."""
+    return tuple(parameter.ds_shape)
+
+
 def local_partition(parameter: Parameter) -> Tensor:
     """The real elements (no padding) of this rank's slice of `parameter`; a view: writing changes what is gathered."""
     partition: Tensor = parameter.ds_tensor
@@ -102,7 +112,9 @@ class MasterWeights:
             flat.detach().masked_fill_(~real, 0.0)
 
 
-def gather_partitions(parameters: Sequence[Parameter], partitions: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+def gather_partitions(
+    parameters: Sequence[Parameter], partitions: Sequence[Tensor], device: torch.device
+) -> list[Tensor]:
     """Full flat tensors from every rank's slices, for several tensors in one collective.
 
     Args:

@@ -96,9 +96,7 @@ class DropAndGrow:
         index_hash = IndexHash()
         for batch in self._batches():
             for name, tensors in zip(batch, self._gather(batch), strict=True):
-                result = self._selector(
-                    name, self._layers[name].layout, tensors[0], tensors[1], num_to_replace[name]
-                )
+                result = self._selector(name, self._layers[name].layout, tensors[0], tensors[1], num_to_replace[name])
                 self._write(name, result, tensors)
                 num_dropped += result.num_replaced
                 index_hash.add(name, result.indices)

@@ -25,8 +25,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from sparse_ds.checkpoint.atomic_folder import atomic_folder
 from sparse_ds.config.errors import UserError
-from sparse_ds.export.atomic_folder import atomic_folder
 from sparse_ds.sparse.index_hash import hash_indices
 from sparse_ds.sparse.layout import SparseLayout
 

@@ -18,8 +18,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from sparse_ds.checkpoint.atomic_folder import atomic_folder
 from sparse_ds.config.errors import UserError
-from sparse_ds.export.atomic_folder import atomic_folder
 from sparse_ds.model.base_checkpoint import TOKENIZER_FILES
 
 WEIGHTS_INDEX_FILE = "model.safetensors.index.json"
@@ -140,7 +140,7 @@ def _natural_order(name: str) -> list[tuple[int, str]]:
 
 
 def _stored_tensor(name: str, tensor: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """`tensor` on the CPU in `dtype`, sharing no storage with another tensor."""
+    """`tensor` on the CPU in `dtype`, contiguous."""
     assert tensor.shape == shape, f"{name}: {tuple(tensor.shape)} is not {tuple(shape)}"
     tensor = tensor.detach().to("cpu")
     stored = tensor.to(dtype).contiguous()
@@ -149,7 +149,7 @@ def _stored_tensor(name: str, tensor: Tensor, shape: torch.Size, dtype: torch.dt
             f"Tensor '{name}' holds {float(tensor.abs().max()):.3g}, too large for float16 (at most 65504). "
             "Set export.merged_dtype=bfloat16."
         )
-    return stored.clone() if stored.untyped_storage().nbytes() != stored.nbytes else stored
+    return stored
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -121,7 +121,8 @@ class _Merge:
                 f"{stored.dtype}, expected shape {list(self._shapes[name])} from its config.json and a floating dtype."
             )
         if name not in self._module_by_tensor:
-            return stored.to(self._dtype)
+            # A copy, because two names may lie on one storage in a `.bin` file, which safetensors refuses to write.
+            return stored.to(self._dtype, copy=True)
         weight_OI = self._training_weight(stored)
         indices_K, values_K = self._adapter.read(self._module_by_tensor[name])
         deltas = Deltas(indices_K.to(self._device), values_K.to(self._device))

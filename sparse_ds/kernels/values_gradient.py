@@ -7,6 +7,8 @@ The dense gradient dW = dY^T X exists for one block of rows at a time, in a scra
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -37,7 +39,7 @@ def values_gradient(
     """
     num_rows, num_cols = grad_output_TO.shape[1], input_TI.shape[1]
     gradient_K = torch.empty(indices_K.numel(), dtype=torch.float32, device=indices_K.device)
-    for block, (begin, end) in enumerate(zip(boundaries, boundaries[1:], strict=False)):
+    for block, (begin, end) in enumerate(pairwise(boundaries)):
         if begin == end:
             continue
         first_row = block * num_rows_in_block

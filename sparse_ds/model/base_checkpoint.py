@@ -7,6 +7,7 @@ as a fallback, memory-mapped.
 from __future__ import annotations
 
 import difflib
+import hashlib
 import json
 import logging
 from pathlib import Path
@@ -55,8 +56,8 @@ def find_base_model(name_or_path: str, revision: str | None = None) -> Path:
     near = difflib.get_close_matches(local.name, [path.name for path in parent.iterdir() if path.is_dir()], n=1)
     hint = f" Did you mean {parent / near[0]}?" if near else ""
     raise UserError(
-        f"model.name_or_path: got {name_or_path!r}, which is no folder (looked in {Path.cwd()}); expected `embedded`, a "
-        f"local folder with config.json and *.safetensors, or a hub name like owner/name.{hint}"
+        f"model.name_or_path: got {name_or_path!r}, which is no folder (looked in {Path.cwd()}); expected `embedded`, "
+        f"a local folder with config.json and *.safetensors, or a hub name like owner/name.{hint}"
     )
 
 
@@ -134,6 +135,18 @@ class BaseCheckpoint:
             except (SafetensorError, OSError) as error:
                 raise self._unreadable(file_name, error) from error
             return tensor
+
+    def fingerprint(self) -> str:
+        """sha256 over config.json and what the weight files say of their tensors (names, shapes, places); not over the
+        weights themselves."""
+        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+        for file_name in sorted(set(self._file_of.values())):
+            path = self.folder / file_name
+            digest.update(f"{file_name}\0{path.stat().st_size}\0".encode())
+            if self.is_safetensors:
+                with path.open("rb") as file:
+                    digest.update(file.read(int.from_bytes(file.read(8), "little")))
+        return digest.hexdigest()
 
     def _names_in(self, file_name: str) -> list[str]:
         if file_name.endswith(".bin"):

@@ -199,8 +199,8 @@ def _read(checkpoint: BaseCheckpoint, name: str, shape: tuple[int, ...], dtype: 
     """One checkpoint tensor in `dtype`, checked."""
     if name not in checkpoint:
         raise UserError(
-            f"model.name_or_path: {checkpoint.folder} has no tensor {name!r}, which the architecture in its config.json "
-            "needs; the checkpoint is incomplete or of another model."
+            f"model.name_or_path: {checkpoint.folder} has no tensor {name!r}, which the architecture in its "
+            "config.json needs; the checkpoint is incomplete or of another model."
         )
     tensor = checkpoint.read(name)
     if tuple(tensor.shape) != shape:
@@ -213,5 +213,3 @@ def _read(checkpoint: BaseCheckpoint, name: str, shape: tuple[int, ...], dtype: 
     if not bool(torch.isfinite(tensor).all()):
         raise UserError(f"model.name_or_path: tensor {name!r} holds NaN or Inf; the checkpoint is damaged.")
     return tensor
-
-

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -96,6 +97,16 @@ def read_metrics(path: Path | str, kind: Kind | None = None) -> list[dict[str, A
         if kind is None or record.get("kind") == kind:
             records.append(record)
     return records
+
+
+def drop_records_after(path: Path, step: int) -> None:
+    """Remove what a run wrote after `step`, and its summary: a run that goes on from there writes them again."""
+    if not path.is_file():
+        return
+    kept = [record for record in read_metrics(path) if record.get("step", step + 1) <= step]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+    os.replace(temporary, path)
 
 
 def _to_json(value: Any, field: str, non_finite: dict[str, str]) -> Any:

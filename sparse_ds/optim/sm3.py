@@ -248,6 +248,15 @@ class SparseSM3(torch.optim.Optimizer):
             raise RuntimeError("SM3 state asked for in the middle of a step: call finish_step() first")
         return {**super().state_dict(), "accumulators": self._accumulators.state_dict()}
 
+    def load_accumulators(self, accumulators: dict[str, tuple[Tensor, Tensor]]) -> None:
+        """Take over `(row, col)` by tensor name; the flat tensors must be registered.
+
+        Raises:
+            RuntimeError: they belong to other tensors.
+        """
+        self._accumulators.load_state_dict(accumulators)
+        self._stepped.clear()
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over what `state_dict` returned; the flat tensors must be registered.
 
@@ -257,5 +266,4 @@ class SparseSM3(torch.optim.Optimizer):
         if "accumulators" not in state_dict:
             raise RuntimeError("this optimizer state has no `accumulators`: it was not saved by SM3")
         super().load_state_dict({key: value for key, value in state_dict.items() if key != "accumulators"})
-        self._accumulators.load_state_dict(state_dict["accumulators"])
-        self._stepped.clear()
+        self.load_accumulators(state_dict["accumulators"])

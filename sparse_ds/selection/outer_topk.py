@@ -111,17 +111,11 @@ class _ScoreMatrix:
     def _count_by_distinct_row(self, theta: Tensor) -> Tensor:
         """For each distinct row score: number of columns with row * col >= theta > 0.
 
-        The quotient theta / row is rounded, relatively by at most 2^-53, while distinct fp32 scores are at least
-        2^-24 apart: so at most one distinct column score is on its wrong side, which the exact products tell.
+        Comparing col with the rounded quotient q of theta / row is exact. Rounding is monotone, so theta <= row * col
+        gives q <= col. If theta > row * col, which is an fp64 number, then theta exceeds it relatively by more than
+        2^-53, more than half a unit in the last place of any col, so that q > col. Row 0 has q = inf: no column.
         """
-        last = self.distinct_cols.numel() - 1
-        if last < 0:
-            return torch.zeros_like(self.num_rows_of)
-        first = torch.searchsorted(self.distinct_cols, theta / self.distinct_rows)  # row 0: theta / 0 is beyond all
-        before = (first - 1).clamp_(min=0)
-        first -= ((first > 0) & (self.distinct_rows * self.distinct_cols[before] >= theta)).long()
-        at = first.clamp(max=last)
-        first += ((first <= last) & (self.distinct_rows * self.distinct_cols[at] < theta)).long()
+        first = torch.searchsorted(self.distinct_cols, theta / self.distinct_rows)
         return self.num_cols_from[first]
 
     def count_at_least(self, theta: Tensor) -> Tensor:

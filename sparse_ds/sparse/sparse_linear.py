@@ -26,7 +26,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn import Parameter
 
@@ -45,6 +45,14 @@ class SparseLinear(nn.Module):
         tensors: the parameters by the names of the table above.
     """
 
+    weight: Parameter | None
+    packed: Parameter | None
+    absmax: Parameter | None
+    nested_statistics: Parameter | None
+    indices: Parameter
+    values: Parameter
+    bias: Parameter | None
+
     def __init__(self, layout: SparseLayout, compute_dtype: torch.dtype, tensors: dict[str, Parameter]) -> None:
         super().__init__()
         self.layout = layout
@@ -59,7 +67,7 @@ class SparseLinear(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., I] -> [..., O]."""
-        output: Tensor = _SparseLinearFunction.apply(input, self.values, self)
+        output: Tensor = _SparseLinearFunction.apply(input, self.values, self)  # type: ignore[no-untyped-call]
         return output if self.bias is None else output + self.bias
 
     def extra_repr(self) -> str:
@@ -72,6 +80,7 @@ class SparseLinear(nn.Module):
         shape = (self.layout.num_rows, self.layout.num_cols)
         indices_K, values_K = self.indices.data, self.values.data
         if self.packed is not None:
+            assert self.absmax is not None
             nested = None if self.nested_statistics is None else self.nested_statistics.data
             weight_OI = dequantize_nf4(
                 self.packed.data, self.absmax.data, nested, shape=shape, dtype=self.compute_dtype
@@ -79,6 +88,7 @@ class SparseLinear(nn.Module):
             self._note_hidden(weight_OI, indices_K, values_K)
             yield apply_deltas_(weight_OI, indices_K, values_K)
         else:
+            assert self.weight is not None
             self._note_hidden(self.weight.data, indices_K, values_K)
             with deltas_applied(self.weight.data, indices_K, values_K) as weight_OI:
                 yield weight_OI

@@ -138,16 +138,16 @@ class WriteMetrics(TrainerCallback):
     ) -> None:
         logs = logs or {}
         if "eval_loss" in logs:
-            record = {name.removeprefix("eval_"): value for name, value in logs.items() if name.startswith("eval_")}
+            evaluated = {name.removeprefix("eval_"): value for name, value in logs.items() if name.startswith("eval_")}
             self._last_heldout = (state.global_step, logs["eval_loss"])
-            self._log.write("eval", {"step": state.global_step, **record})
+            self._log.write("eval", {"step": state.global_step, **evaluated})
         elif "loss" in logs:
             now = time.perf_counter()
             elapsed_s, self._last_s = now - self._last_s, now
             num_tokens = self._trainer.count_tokens()
             self.num_tokens += num_tokens
             self.train_wall_s += elapsed_s
-            record = {
+            record: dict[str, Any] = {
                 "loss": logs["loss"],
                 "grad_norm": logs.get("grad_norm"),
                 "lr": logs.get("learning_rate"),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_ds.distributed.process_group import rank, world_size
@@ -35,8 +35,8 @@ def heldout_loss(
 ) -> HeldoutResult:
     """Mean loss per token over a dataset, independent of the number of ranks up to rounding.
 
-    Batch j is rows [j * B, (j + 1) * B) whatever the world size; rank r takes batches r, r + R, ... A rank with no batch
-    left runs one that counts nothing, so every rank makes as many forward passes (each gathers parameters).
+    Batch j is rows [j * B, (j + 1) * B) whatever the world size; rank r takes batches r, r + R, ... A rank with no
+    batch left runs one that counts nothing, so every rank makes as many forward passes (each gathers parameters).
 
     Collectives: those of ZeRO-3's forward, then one all-reduce; every rank must call it.
     """
@@ -76,9 +76,7 @@ def _hidden_fraction(layers: list[SparseLinear]) -> float | None:
 
 
 @torch.no_grad()
-def sample_answer(
-    model: Any, tokenizer: Any, prompt_ids: list[int], max_new_tokens: int, device: torch.device
-) -> str:
+def sample_answer(model: Any, tokenizer: Any, prompt_ids: list[int], max_new_tokens: int, device: torch.device) -> str:
     """Greedy answer to one prompt.
 
     Collectives: those of ZeRO-3's forward for every token; every rank must call it with the same prompt. All ranks

@@ -1,11 +1,11 @@
 """One run, from its configuration to the files it leaves.
 
-    check     output folder, base model                  before the process group exists
-    build     data, model born partitioned, Trainer      ranks agree on success after each
-    train     held-out loss and sample answers before and after
-    save      adapter/: gathered tensor by tensor, written by rank 0
-    leave     the process group ends, all ranks together
-    merge     merged/ by rank 0 alone: nobody waits in a collective while files are written
+check     output folder, base model                  before the process group exists
+build     data, model born partitioned, Trainer      ranks agree on success after each
+train     held-out loss and sample answers before and after
+save      adapter/: gathered tensor by tensor, written by rank 0
+leave     the process group ends, all ranks together
+merge     merged/ by rank 0 alone: nobody waits in a collective while files are written
 """
 
 from __future__ import annotations
@@ -21,16 +21,17 @@ import transformers
 from transformers import AutoTokenizer, PrinterCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from sparse_ds.config import RunConfig
+from sparse_ds.checkpoint.folder import Checkpoint, check_identity, find_checkpoint
+from sparse_ds.config import RunConfig, UserError
 from sparse_ds.data import DataBundle, SamplePrompt, build_datasets
 from sparse_ds.distributed import process_group
 from sparse_ds.distributed.launch_environment import LaunchEnvironment
-from sparse_ds.distributed.zero3_partitions import MasterWeights, all_reduce_max_
+from sparse_ds.distributed.zero3_partitions import MasterWeights, all_reduce_max_, full_size
 from sparse_ds.drop_grow.event import EventRecord
 from sparse_ds.export.merged import merge_adapter
 from sparse_ds.model.base_checkpoint import BaseCheckpoint, find_base_model
 from sparse_ds.monitor.memory import memory_gib
-from sparse_ds.monitor.metrics_log import MetricsLog
+from sparse_ds.monitor.metrics_log import MetricsLog, drop_records_after
 from sparse_ds.monitor.report import run_table
 from sparse_ds.monitor.summary import RunSummary
 from sparse_ds.optim.sm3 import SparseSM3
@@ -42,10 +43,11 @@ from sparse_ds.training.callbacks import (
     RunEvents,
     WriteMetrics,
 )
+from sparse_ds.training.checkpointing import RunCheckpoints, run_identity
 from sparse_ds.training.evaluation import sample_answer
 from sparse_ds.training.global_order import GlobalOrderSampler
 from sparse_ds.training.output_folder import OutputFolder
-from sparse_ds.training.saving import save_dense_model, save_deltas
+from sparse_ds.training.saving import save_deltas, save_dense_model
 from sparse_ds.training.setup import (
     PreparedModel,
     bind_optimizer,
@@ -120,6 +122,7 @@ class _Training:
         self.index_hash: str | None = None
         self.answers = _Answers()
         self.heldout_before: float | None = None
+        self.resumed: Checkpoint | None = None
 
     def carry_out(self) -> RunSummary:
         config = self.config
@@ -135,13 +138,18 @@ class _Training:
             )
             sampler = GlobalOrderSampler(len(self.data.train), plan.global_batch_size, config.train.seed)
         self.prepared: PreparedModel = prepare_model(config, checkpoint, self.device)
+        identity = run_identity(config, checkpoint, self.prepared)
+        self.resumed = self._find_resumed(identity)
         with process_group.agreement("making the output folder"):
             if self.is_main:
-                self.output.create(config.to_dict(), resume=config.checkpoint.resume is not None)
+                self.output.create(config.to_dict(), resume=self.resumed is not None)
+                if self.resumed is not None:
+                    drop_records_after(self.output.metrics, self.resumed.index.step)
         self.log = MetricsLog(self.output.metrics, enabled=self.is_main)
         self.trainer = self._make_trainer(sampler)
+        self.checkpoints = RunCheckpoints(config, identity, self.output.path, self.trainer, self.prepared, self.device)
         self._say_start(plan)
-        self.trainer.train()
+        self.trainer.train(resume_from_checkpoint=None if self.resumed is None else str(self.resumed.folder))
         summary = self._summarize()
         self._save()
         self.log.close()
@@ -151,12 +159,13 @@ class _Training:
         config = self.config
         trained = [p for p in self.prepared.model.parameters() if p.requires_grad]
         arguments = make_training_arguments(
-            config, self.launch.world_size, max(p.ds_numel for p in trained), self.output.path, self.device
+            config, self.launch.world_size, max(full_size(p) for p in trained), self.output.path, self.device
         )
         trainer = SparseTrainer(
             make_optimizer=lambda parameters: make_optimizer(config, parameters),
             sampler=sampler,
             heldout=self.data.eval,
+            on_save=lambda: self.checkpoints.save(self.master, self._run_state()),
             model=self.prepared.model,
             args=arguments,
             data_collator=self.data.collator,
@@ -187,11 +196,51 @@ class _Training:
             )
             self.trainer.add_callback(MergeAccumulators(optimizer, self.device))
             self.trainer.add_callback(events)
+        prompt = self.data.sample_prompts[0] if self.data.sample_prompts else None
+        if self.resumed is not None:
+            self._go_on(self.resumed, prompt, total_steps)
+            return
         if self.data.eval is not None:
             self.heldout_before = self.trainer.evaluate()["eval_loss"]
-        if self.data.sample_prompts:
-            prompt = self.data.sample_prompts[0]
+        if prompt is not None:
             self.answers = _Answers(prompt, before=self._answer(prompt))
+
+    def _find_resumed(self, identity: dict[str, Any]) -> Checkpoint | None:
+        """The checkpoint to go on from, checked on every rank; None for a run from the start."""
+        wanted = self.config.checkpoint.resume
+        if wanted is None:
+            return None
+        with process_group.agreement("reading the checkpoint"):
+            checkpoint, problems = find_checkpoint(self.output.path, wanted)
+            check_identity(checkpoint.index.identity, identity, checkpoint.folder)
+        for problem in problems:
+            logger.warning("passed over: %s", problem)
+        logger.info("going on from %s (step %d)", checkpoint.folder, checkpoint.index.step)
+        return checkpoint
+
+    def _go_on(self, checkpoint: Checkpoint, prompt: SamplePrompt | None, total_steps: int) -> None:
+        if checkpoint.index.step >= total_steps:
+            raise UserError(
+                f"checkpoint.resume: {checkpoint.folder} is of step {checkpoint.index.step} and the run has "
+                f"{total_steps} steps: nothing is left to train. Raise train.max_steps (or train.num_epochs), or start "
+                "anew with `--set train.overwrite=true`."
+            )
+        self.checkpoints.restore(self.master, checkpoint)
+        self.trainer.release_gathered()
+        state = checkpoint.index.run_state
+        self.heldout_before, self.index_hash = state["heldout_before"], state["index_hash"]
+        self.answers = _Answers(prompt, before=state["answer_before"])
+        self.metrics.num_tokens, self.metrics.train_wall_s = state["num_tokens"], state["train_wall_s"]
+
+    def _run_state(self) -> dict[str, Any]:
+        """What a resumed run needs to report the whole run."""
+        return {
+            "heldout_before": self.heldout_before,
+            "answer_before": self.answers.before,
+            "index_hash": self.index_hash,
+            "num_tokens": self.metrics.num_tokens,
+            "train_wall_s": self.metrics.train_wall_s,
+        }
 
     def _log_event(self, record: EventRecord) -> None:
         self.index_hash = record.index_hash
@@ -295,4 +344,3 @@ def _merge_and_report(
     with MetricsLog(output.metrics) as log:
         log.write("summary", summary.to_record())
     print(run_table(summary), flush=True)
-

@@ -10,7 +10,7 @@ from torch.nn import Module
 
 from sparse_ds.config import RunConfig
 from sparse_ds.distributed import process_group
-from sparse_ds.distributed.zero3_partitions import MasterWeights, gather_partitions, local_partition
+from sparse_ds.distributed.zero3_partitions import MasterWeights, full_shape, gather_partitions, local_partition
 from sparse_ds.export.adapter import AdapterBase, AdapterConfig, StoredAdapterConfig, save_adapter
 from sparse_ds.export.checkpoint_writer import write_checkpoint
 from sparse_ds.export.model_card import dense_model_card
@@ -65,7 +65,7 @@ def save_dense_model(config: RunConfig, model: Module, folder: Path, base_folder
     for name, parameter in model.named_parameters():
         (flat,) = gather_partitions([parameter], [local_partition(parameter)], device)
         if process_group.rank() == 0:
-            tensors[name] = flat.view(parameter.ds_shape).cpu()
+            tensors[name] = flat.view(full_shape(parameter)).cpu()
     with process_group.agreement("writing the model"):
         if process_group.rank() == 0:
             write_checkpoint(

@@ -33,6 +33,8 @@ from sparse_ds.selection.sft_ma import select_sft_ma
 from sparse_ds.sparse.layout import SparseLayout
 from sparse_ds.sparse.sparse_linear import SparseLinear
 
+SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
+"""`optimizer.schedule` -> transformers' name; all begin with the warm-up."""
 DEFAULT_EPS = 1e-8
 """AdamW: torch's default. SM3: the value of the public reference of SFT, with which the paper's rates were found."""
 
@@ -108,7 +110,7 @@ def make_training_arguments(
         max_steps=-1 if config.train.max_steps is None else config.train.max_steps,
         num_train_epochs=config.train.num_epochs,
         learning_rate=config.optimizer.learning_rate,
-        lr_scheduler_type=config.optimizer.schedule if config.optimizer.schedule != "constant" else "constant_with_warmup",
+        lr_scheduler_type=SCHEDULES[config.optimizer.schedule],
         # Trainer reads a number below 1 as a share of all steps.
         warmup_steps=config.optimizer.warmup_fraction,
         max_grad_norm=config.optimizer.max_grad_norm,
@@ -122,7 +124,8 @@ def make_training_arguments(
         logging_nan_inf_filter=False,
         eval_strategy="no" if config.train.eval_interval_steps is None or config.data.eval is None else "steps",
         eval_steps=config.train.eval_interval_steps,
-        save_strategy="no",
+        save_strategy="no" if config.checkpoint.interval_steps is None else "steps",
+        save_steps=config.checkpoint.interval_steps or 0,
         report_to=list(config.monitor.report_to),
         disable_tqdm=True,
         remove_unused_columns=False,
@@ -161,10 +164,10 @@ def make_drop_and_grow(
     """SFT-MA's events."""
 
     def select(
-        name: str, layout: SparseLayout, indices_K: torch.Tensor, values_K: torch.Tensor, num: int
+        name: str, layout: SparseLayout, indices_K: torch.Tensor, values_K: torch.Tensor, num_to_replace: int
     ) -> EventResult:
         row_acc_O, col_acc_I = optimizer.row_accumulator(name), optimizer.col_accumulator(name)
-        return select_sft_ma(indices_K, values_K, row_acc_O.to(device), col_acc_I.to(device), num)
+        return select_sft_ma(indices_K, values_K, row_acc_O.to(device), col_acc_I.to(device), num_to_replace)
 
     momenta = [optimizer.state[flat]["exp_avg"] for flat in master.flats if "exp_avg" in optimizer.state[flat]]
     return DropAndGrow(layers, master, [momenta] if momenta else [], select, device)

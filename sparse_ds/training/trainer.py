@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from transformers import Trainer
 
-from sparse_ds.distributed.process_group import world_size
 from sparse_ds.distributed.zero3_partitions import all_reduce_sum
 from sparse_ds.training.evaluation import HeldoutResult, heldout_loss
 from sparse_ds.training.global_order import GlobalOrderSampler
 
+OnSave = Callable[[], None]
 MakeOptimizer = Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]
 
 
@@ -28,13 +28,21 @@ class SparseTrainer(Trainer):
         make_optimizer: makes the inner optimizer from the trainable parameters, in the order of the model.
         sampler: order of the training samples.
         heldout: tokenized held-out data, or None.
+        on_save: saves a checkpoint; called on every rank when Trainer wants one.
         **kwargs: as for `transformers.Trainer`.
     """
 
     def __init__(
-        self, *, make_optimizer: MakeOptimizer, sampler: GlobalOrderSampler, heldout: Any | None, **kwargs: Any
+        self,
+        *,
+        make_optimizer: MakeOptimizer,
+        sampler: GlobalOrderSampler,
+        heldout: Any | None,
+        on_save: OnSave,
+        **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        self._on_save = on_save
         self._make_optimizer = make_optimizer
         self._sampler = sampler
         self._heldout = heldout
@@ -49,6 +57,16 @@ class SparseTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> GlobalOrderSampler:
         return self._sampler
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+        # Trainer would ask DeepSpeed for a checkpoint of its own kind; ours is restored once the engine is bound.
+        return super()._prepare_for_training(max_steps, train_dataloader, None)
+
+    def _load_rng_state(self, checkpoint: Any) -> None:
+        """Nothing: a step draws no random numbers (the order of the data comes from the seed and the epoch)."""
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self._on_save()
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         self._num_tokens += int(inputs["attention_mask"].sum())
@@ -92,8 +110,3 @@ class SparseTrainer(Trainer):
         """Give back all gathered parameters. After evaluation nearly all are still gathered; after an event they hold
         the old contents. Collectives: none."""
         self.deepspeed.empty_partition_cache()
-
-    @property
-    def num_ranks(self) -> int:
-        """World size."""
-        return world_size()

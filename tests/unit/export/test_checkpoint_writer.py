@@ -96,17 +96,6 @@ def test_tensors_are_asked_for_in_the_planned_order(base: Path, tmp_path: Path) 
     assert sorted(asked) == sorted(tensors) and asked != sorted(tensors)
 
 
-def test_a_view_of_larger_storage_is_stored_alone(base: Path, tmp_path: Path) -> None:
-    tensors = load_file(base / "model.safetensors")
-    rows = torch.randn(2, *tensors["model.layers.0.self_attn.q_proj.weight"].shape).bfloat16()
-    tensors["model.layers.0.self_attn.q_proj.weight"] = rows[0]
-    tensors["model.layers.1.self_attn.q_proj.weight"] = rows[1]
-    write(base, tmp_path / "out", tensors)
-    assert torch.equal(
-        load_file(tmp_path / "out" / "model.safetensors")["model.layers.1.self_attn.q_proj.weight"], rows[1]
-    )
-
-
 @pytest.mark.parametrize("failing_shard", [1, 2])
 def test_full_disk_leaves_nothing(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing_shard: int

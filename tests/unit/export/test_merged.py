@@ -154,6 +154,18 @@ def test_bin_base(
     assert "has no safetensors weights" in caplog.text
 
 
+def test_untied_bin_base_with_two_names_on_one_storage(
+    make_base: MakeBase, make_adapter: MakeAdapter, deltas: Deltas, tmp_path: Path
+) -> None:
+    base = make_base()
+    tensors = {name: tensor.bfloat16() for name, tensor in load_file(base / "model.safetensors").items()}
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    (base / "model.safetensors").unlink()
+    torch.save(tensors, base / "pytorch_model.bin")
+    merge_adapter(base, make_adapter(), tmp_path / "merged")
+    assert_same_model(tmp_path / "merged", edited_model(base, deltas))
+
+
 def test_merged_loads_in_a_process_without_this_project(
     make_base: MakeBase, make_adapter: MakeAdapter, tmp_path: Path
 ) -> None:

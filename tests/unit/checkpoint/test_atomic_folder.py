@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from sparse_ds.checkpoint.atomic_folder import atomic_folder
 from sparse_ds.config.errors import UserError
-from sparse_ds.export.atomic_folder import atomic_folder
 
 
 def test_folder_appears_whole_with_its_parents(tmp_path: Path) -> None:

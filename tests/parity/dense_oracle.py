@@ -1,0 +1,244 @@
+r"""SFT-MA on full matrices: what a run must do, written down a second time, slowly and in the plainest way.
+
+One process, plain torch, a dense matrix and a boolean mask for every target; the dense gradient of every matrix; the
+outer product of the accumulators formed and sorted as a whole. Forward and backward are transformers' own in fp32; what
+is trained (deltas, accumulators, momentum) is fp64, so that the oracle has no rounding to speak of and ties are ties.
+
+    order of the samples   epoch e: torch.randperm(n) from a generator seeded with seed * 1000003 + e, cut to a whole
+                           number of global batches; a step takes the next G samples
+    loss                   sum of the negative log-likelihoods of the learned tokens of the G samples / their number
+    learning rate          step t = 1 .. T, s = t - 1, w = ceil(T * warm-up fraction):
+                           peak * s / w while s < w, then peak * (T - s) / (T - w)
+    clipping               all active gradients / max(1, (their common 2-norm + 1e-6) / max_grad_norm)
+    SM3                    nu = min(R_r, C_c) + g^2;  u = g / sqrt(nu + 1e-8);  m = beta m + (1 - beta) u
+                           w <- w - lr m - lr decay w;  R_r = max(R_r, nu in its row);  C_c = max(C_c, nu in its column)
+    events                 after steps gamma, gamma + S, ...: k = K at the first, then floor(alpha (1 - t / T) K)
+    drop                   the k active weights of smallest (|delta|, index)
+    grow                   the k weights inactive before, of largest R_r * C_c, ties by smallest index; delta 0, m 0
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass, field
+from fractions import Fraction
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tiny_llama_runs import Sample
+from torch import Tensor
+from transformers import LlamaForCausalLM
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The numbers of a run that the oracle needs; names as in the run's configuration."""
+
+    total_steps: int
+    global_batch_size: int
+    interval_steps: int
+    estimation_steps: int
+    initial_drop_fraction: float
+    learning_rate: float
+    weight_decay: float
+    momentum: float
+    max_grad_norm: float
+    warmup_fraction: float
+    seed: int
+
+
+@dataclass
+class Trace:
+    """What the oracle did."""
+
+    losses: list[float] = field(default_factory=list)
+    grad_norms: list[float] = field(default_factory=list)
+    event_hashes: dict[int, str] = field(default_factory=dict)
+    num_replaced: dict[int, int] = field(default_factory=dict)
+    gaps: list[float] = field(default_factory=list)
+    """Of every decision (drop and growth of every tensor at every event): the relative distance of the last one chosen
+    from the nearest other number that is not exactly equal to it."""
+    num_tied: int = 0
+    """Decisions that exact ties at the threshold left to the order of the indices."""
+    heldout_losses: list[float] = field(default_factory=list)
+
+
+class Target:
+    """One target matrix: `base` [O, I] fp32 frozen, `active` [O, I] bool, and in fp64 what is trained."""
+
+    def __init__(self, base: Tensor, initial_indices: Tensor) -> None:
+        self.base = base
+        self.active = torch.zeros(base.numel(), dtype=torch.bool)
+        self.active[initial_indices] = True
+        self.active = self.active.view(base.shape)
+        self.num_active = int(self.active.sum())
+        self.delta = torch.zeros(base.shape, dtype=torch.float64)
+        self.exp_avg = torch.zeros(base.shape, dtype=torch.float64)
+        self.row_max = torch.zeros(base.shape[0], dtype=torch.float64)
+        self.col_max = torch.zeros(base.shape[1], dtype=torch.float64)
+
+    @property
+    def indices(self) -> NDArray[np.int64]:
+        return np.flatnonzero(self.active.numpy())
+
+    @property
+    def merged(self) -> Tensor:
+        return (self.base.double() + self.delta).float()
+
+    def sm3_step(self, grad: Tensor, lr: float, settings: Settings) -> None:
+        nu = torch.minimum(self.row_max[:, None], self.col_max[None, :]) + grad.square()
+        update = grad / torch.sqrt(nu + 1e-8)
+        self.exp_avg = settings.momentum * self.exp_avg + (1 - settings.momentum) * update
+        stepped = self.delta - lr * self.exp_avg - lr * settings.weight_decay * self.delta
+        self.delta = torch.where(self.active, stepped, 0.0)
+        self.exp_avg = torch.where(self.active, self.exp_avg, 0.0)
+        nu = torch.where(self.active, nu, 0.0)
+        self.row_max = torch.maximum(self.row_max, nu.amax(dim=1))
+        self.col_max = torch.maximum(self.col_max, nu.amax(dim=0))
+
+    def drop_and_grow(self, k: int, trace: Trace) -> int:
+        active, inactive = self.indices, np.flatnonzero(~self.active.numpy())
+        k = min(k, len(inactive))
+        if k == 0:
+            return 0
+        magnitudes = self.delta.abs().numpy().reshape(-1)[active]
+        order = np.lexsort((active, magnitudes))
+        _note_gap(magnitudes[order], k, trace)
+        dropped = active[order[:k]]
+        scores = torch.outer(self.row_max, self.col_max).numpy().reshape(-1)[inactive]
+        order = np.lexsort((inactive, -scores))
+        _note_gap(scores[order], k, trace)
+        grown = inactive[order[:k]]
+        flat_active = self.active.view(-1)
+        flat_active[torch.from_numpy(dropped)] = False
+        flat_active[torch.from_numpy(grown)] = True
+        for state in (self.delta, self.exp_avg):
+            state.view(-1)[torch.from_numpy(dropped)] = 0.0
+        return k
+
+
+class DenseOracle:
+    """See the module docstring.
+
+    Args:
+        model: the base model in fp32; its target weights are overwritten.
+        bases: fp32 base of every target matrix by module name (dequantized if the run's base is quantized).
+        initial_indices: flat positions by module name.
+        train, heldout: the samples in the order of the files.
+    """
+
+    def __init__(
+        self,
+        model: LlamaForCausalLM,
+        bases: dict[str, Tensor],
+        initial_indices: dict[str, Tensor],
+        train: list[Sample],
+        heldout: list[Sample],
+        settings: Settings,
+    ) -> None:
+        self.model, self.train, self.heldout, self.settings = model, train, heldout, settings
+        self.targets = {name: Target(base, initial_indices[name]) for name, base in bases.items()}
+        model.requires_grad_(False)
+        for name in self.targets:
+            model.get_submodule(name).weight.requires_grad_(True)
+
+    def run(self) -> Trace:
+        settings, trace = self.settings, Trace()
+        trace.heldout_losses.append(self._heldout_loss())
+        order = self._order_of_samples()
+        for step in range(1, settings.total_steps + 1):
+            start = (step - 1) * settings.global_batch_size
+            samples = [self.train[i] for i in order[start : start + settings.global_batch_size]]
+            self._train_step(step, samples, trace)
+            k_of = {name: self._num_to_replace(step, target) for name, target in self.targets.items()}
+            if (step - settings.estimation_steps) % settings.interval_steps == 0 and step >= settings.estimation_steps:
+                replaced = [target.drop_and_grow(k_of[name], trace) for name, target in self.targets.items()]
+                trace.num_replaced[step] = sum(replaced)
+                trace.event_hashes[step] = self._index_hash()
+        trace.heldout_losses.append(self._heldout_loss())
+        return trace
+
+    def _order_of_samples(self) -> list[int]:
+        settings, order = self.settings, []
+        for epoch in range(settings.total_steps):  # more than are needed: an epoch is at least one step
+            generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + epoch)
+            permutation = torch.randperm(len(self.train), generator=generator).tolist()
+            order += permutation[: len(self.train) // settings.global_batch_size * settings.global_batch_size]
+        return order
+
+    def _train_step(self, step: int, samples: list[Sample], trace: Trace) -> None:
+        settings = self.settings
+        self._materialise()
+        self.model.zero_grad()
+        num_learned = sum(len(sample.ids) - sample.num_context for sample in samples)
+        loss = 0.0
+        for sample in samples:
+            part = self._negative_log_likelihood(sample) / num_learned
+            part.backward()
+            loss += part.item()
+        grads = {name: self.model.get_submodule(name).weight.grad.double() for name in self.targets}
+        square_sum = sum(float(grads[name][target.active].square().sum()) for name, target in self.targets.items())
+        norm = math.sqrt(square_sum)
+        divisor = max(1.0, (norm + 1e-6) / settings.max_grad_norm)
+        for name, target in self.targets.items():
+            target.sm3_step(grads[name] / divisor, self._learning_rate(step), settings)
+        trace.losses.append(loss)
+        trace.grad_norms.append(norm)
+
+    def _learning_rate(self, step: int) -> float:
+        settings, done = self.settings, step - 1
+        warmup = math.ceil(settings.total_steps * settings.warmup_fraction)
+        if done < warmup:
+            return settings.learning_rate * done / warmup
+        return settings.learning_rate * (settings.total_steps - done) / (settings.total_steps - warmup)
+
+    def _num_to_replace(self, step: int, target: Target) -> int:
+        if step == self.settings.estimation_steps:
+            return target.num_active
+        total = self.settings.total_steps
+        exact = Fraction(str(self.settings.initial_drop_fraction)) * Fraction(total - step, total) * target.num_active
+        return math.floor(exact)
+
+    def _materialise(self) -> None:
+        with torch.no_grad():
+            for name, target in self.targets.items():
+                self.model.get_submodule(name).weight.copy_(target.merged)
+
+    def _negative_log_likelihood(self, sample: Sample) -> Tensor:
+        """Sum over the learned tokens; no padding, no attention mask, no loss of transformers."""
+        ids = torch.tensor(sample.ids)
+        log_probabilities = torch.log_softmax(self.model(input_ids=ids[None]).logits[0], dim=-1)
+        learned = torch.arange(sample.num_context, len(ids))
+        return -log_probabilities[learned - 1, ids[learned]].sum()
+
+    @torch.no_grad()
+    def _heldout_loss(self) -> float:
+        self._materialise()
+        total = sum(float(self._negative_log_likelihood(sample)) for sample in self.heldout)
+        return total / sum(len(sample.ids) - sample.num_context for sample in self.heldout)
+
+    def _index_hash(self) -> str:
+        """sha256 over the digests of the tensors in the order of their names; a digest is the sha256 of name, NUL, K in
+        decimal, NUL and the ascending indices as little-endian int64."""
+        combined = hashlib.sha256()
+        for name in sorted(self.targets):
+            indices = self.targets[name].indices
+            head = name.encode() + b"\0" + str(len(indices)).encode() + b"\0"
+            combined.update(hashlib.sha256(head + indices.astype("<i8").tobytes()).digest())
+        return combined.hexdigest()
+
+
+def _note_gap(in_order: NDArray[np.float64], k: int, trace: Trace) -> None:
+    """`in_order[:k]` is chosen, the rest is not."""
+    if k == len(in_order):
+        return
+    last, first_out = in_order[k - 1], in_order[k]
+    if last == first_out:
+        trace.num_tied += 1
+        others = in_order[in_order != last]
+    else:
+        others = in_order[k : k + 1]
+    if others.size:
+        trace.gaps.append(float((np.abs(others - last) / np.maximum(others, last)).min()))

@@ -1,0 +1,249 @@
+"""Real runs (DeepSpeed ZeRO-3, Trainer, data pipeline) against an independent oracle on full matrices, in fp32.
+
+The initial random indices are an input here, not under test: the oracle takes them from `random_subset`. Everything else
+it computes by itself (`dense_oracle`).
+"""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import bitsandbytes.functional as bnb
+import pytest
+import torch
+from dense_oracle import DenseOracle, Settings, Trace
+from tiny_llama_runs import (
+    EVAL_SAMPLES,
+    TRAIN_SAMPLES,
+    FinishedRun,
+    Sample,
+    index_overlap,
+    make_samples,
+    save_samples,
+    save_tiny_llama,
+    train,
+    train_all,
+)
+from torch import Tensor
+from transformers import LlamaForCausalLM
+
+from sparse_ds.selection.random_subset import random_subset
+
+SEED = 3
+# 44 of 32 x 32, 22 of 16 x 32 and 61 of 45 x 32 and of 32 x 45 weights.
+DENSITY = 0.043
+
+LOSS_TOLERANCE = 1e-5
+# A run in fp32 against fp64: some roundings of 6e-8 in each gradient, which SM3 divides by a root that has the same.
+VALUE_RTOL = 1e-5
+# Values near 0 are sums of terms of up to learning_rate = 0.02, and cancel.
+VALUE_ATOL = 1e-6
+# Two right implementations may choose differently where two scores are closer than their rounding. Here none is: the
+# smallest relative distance at any decision must be above what values and scores of the two differ by.
+MIN_GAP = 2e-5
+
+PLAIN = Settings(
+    total_steps=40,
+    global_batch_size=4,
+    interval_steps=8,
+    estimation_steps=3,
+    initial_drop_fraction=0.5,
+    learning_rate=0.05,
+    weight_decay=0.3,
+    momentum=0.0,
+    max_grad_norm=0.8,
+    warmup_fraction=0.1,
+    seed=SEED,
+)
+NF4 = Settings(
+    total_steps=16,
+    global_batch_size=4,
+    interval_steps=5,
+    estimation_steps=2,
+    initial_drop_fraction=0.5,
+    learning_rate=0.1,
+    weight_decay=0.3,
+    momentum=0.9,
+    max_grad_norm=0.8,
+    warmup_fraction=0.1,
+    seed=SEED,
+)
+
+
+def run_config(folder: Path, settings: Settings, data: str, *, quantization: str) -> dict[str, Any]:
+    """The configuration of the run that `settings` describe; micro batches of 1, so 4 ranks accumulate nothing."""
+    return {
+        "model": {"name_or_path": str(folder / "model"), "quantization": quantization, "dtype": "float32"},
+        "data": {
+            "train": str(folder / f"{data}_train.jsonl"),
+            "eval": str(folder / f"{data}_eval.jsonl"),
+            "sequence_length": 32,
+        },
+        "method": {
+            "density": DENSITY,
+            "interval_steps": settings.interval_steps,
+            "estimation_steps": settings.estimation_steps,
+            "initial_drop_fraction": settings.initial_drop_fraction,
+        },
+        "optimizer": {
+            "learning_rate": settings.learning_rate,
+            "weight_decay": settings.weight_decay,
+            "momentum": settings.momentum,
+            "max_grad_norm": settings.max_grad_norm,
+            "schedule": "linear",
+            "warmup_fraction": settings.warmup_fraction,
+        },
+        "train": {
+            "max_steps": settings.total_steps,
+            "micro_batch_size": 1,
+            "global_batch_size": settings.global_batch_size,
+            "seed": settings.seed,
+            "device": "cpu",
+            "cpu_threads": 1,
+        },
+        "export": {"merged": False},
+        "monitor": {"num_sample_prompts": 0, "progress_bar": False},
+    }
+
+
+class Case(NamedTuple):
+    """An oracle after its run, and what it noted."""
+
+    oracle: DenseOracle
+    trace: Trace
+    settings: Settings
+
+
+class Material(NamedTuple):
+    folder: Path
+    samples: dict[str, tuple[list[Sample], list[Sample]]]
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory: pytest.TempPathFactory) -> Material:
+    """The model, and two data sets: texts, of which all is learned, and prompts with completions."""
+    folder = tmp_path_factory.mktemp("dense_oracle")
+    save_tiny_llama(folder / "model", seed=SEED)
+    samples = {}
+    for name, with_prompts in (("texts", False), ("prompts", True)):
+        training = make_samples(TRAIN_SAMPLES, seed=1, with_prompts=with_prompts)
+        heldout = make_samples(EVAL_SAMPLES, seed=2, with_prompts=with_prompts)
+        save_samples(training, folder / f"{name}_train.jsonl")
+        save_samples(heldout, folder / f"{name}_eval.jsonl")
+        samples[name] = (training, heldout)
+    return Material(folder, samples)
+
+
+@pytest.fixture(scope="module")
+def runs(material: Material) -> dict[str, FinishedRun]:
+    """All runs of this file; each launch costs many seconds of imports, so they are shared and made two at a time."""
+    plain = run_config(material.folder, PLAIN, "texts", quantization="none")
+    checkpointing = copy.deepcopy(plain)
+    checkpointing["train"]["gradient_checkpointing"] = True
+    nf4 = run_config(material.folder, NF4, "prompts", quantization="nf4")
+    folder = material.folder
+    return train_all(
+        {
+            "4 ranks": partial(train, plain, 4, folder / "four"),
+            "2 ranks": partial(train, plain, 2, folder / "two"),
+            "1 rank": partial(train, plain, 1, folder / "one"),
+            "checkpointing": partial(train, checkpointing, 1, folder / "checkpointing"),
+            "nf4": partial(train, nf4, 1, folder / "nf4"),
+        }
+    )
+
+
+def run_oracle(material: Material, data: str, settings: Settings, *, nf4: bool) -> Case:
+    model = LlamaForCausalLM.from_pretrained(
+        material.folder / "model", dtype=torch.float32, attn_implementation="eager"
+    )
+    # All linear layers inside the blocks; the head and the embeddings stay as they are.
+    linears = {name: module for name, module in model.named_modules() if name.endswith("_proj")}
+    assert len(linears) == 14
+    bases, initial = {}, {}
+    for name, linear in linears.items():
+        weight_OI = linear.weight.detach().clone()
+        bases[name] = through_nf4(weight_OI) if nf4 else weight_OI
+        num_active = int(DENSITY * weight_OI.numel())
+        initial[name] = random_subset(weight_OI.numel(), num_active, seed=settings.seed, name=name)
+    oracle = DenseOracle(model, bases, initial, *material.samples[data], settings)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    trace = oracle.run()
+    torch.set_num_threads(threads)
+    return Case(oracle, trace, settings)
+
+
+def through_nf4(weight_OI: Tensor) -> Tensor:
+    """What is left of a matrix after NF4 in blocks of 64, by bitsandbytes."""
+    packed, state = bnb.quantize_4bit(weight_OI, blocksize=64, quant_type="nf4")
+    return bnb.dequantize_4bit(packed, state)
+
+
+@pytest.fixture(scope="module")
+def plain(material: Material) -> Case:
+    return run_oracle(material, "texts", PLAIN, nf4=False)
+
+
+@pytest.fixture(scope="module")
+def nf4(material: Material) -> Case:
+    return run_oracle(material, "prompts", NF4, nf4=True)
+
+
+def largest_difference(left: list[float], right: list[float]) -> float:
+    return max(abs(a - b) for a, b in zip(left, right, strict=True))
+
+
+@pytest.mark.parametrize("name", ["plain", "nf4"])
+def test_the_comparison_means_something(name: str, request: pytest.FixtureRequest) -> None:
+    """The oracle's own run exercises what it is to check, and no decision of it hangs on rounding."""
+    oracle, trace, settings = request.getfixturevalue(name)
+    assert min(trace.gaps) > MIN_GAP
+    assert trace.num_tied > 0, "ties decided by index should occur"
+    assert len(trace.event_hashes) == len(set(trace.event_hashes.values())) == {"plain": 5, "nf4": 3}[name]
+    assert all(count > 0 for count in trace.num_replaced.values())
+    clipped = sum(norm > settings.max_grad_norm for norm in trace.grad_norms)
+    assert 0 < clipped < settings.total_steps
+    assert trace.heldout_losses[0] - trace.heldout_losses[1] > 0.1, "the run must have moved"
+    assert max(float(target.delta.abs().max()) for target in oracle.targets.values()) > settings.learning_rate
+
+
+@pytest.mark.parametrize(("name", "run"), [("plain", "1 rank"), ("nf4", "nf4")])
+def test_one_rank_follows_the_dense_oracle(
+    name: str, run: str, runs: dict[str, FinishedRun], request: pytest.FixtureRequest
+) -> None:
+    oracle, trace, settings = request.getfixturevalue(name)
+    result = runs[run]
+    assert result.event_hashes == trace.event_hashes
+    assert len(result.steps("loss")) == settings.total_steps
+    assert largest_difference(result.steps("loss"), trace.losses) < LOSS_TOLERANCE
+    assert largest_difference(result.heldout_losses, trace.heldout_losses) < LOSS_TOLERANCE
+    torch.testing.assert_close(
+        torch.tensor(result.steps("grad_norm")), torch.tensor(trace.grad_norms), rtol=1e-5, atol=0.0
+    )
+    assert result.indices.keys() == oracle.targets.keys()
+    for module, target in oracle.targets.items():
+        assert result.indices[module].tolist() == target.indices.tolist(), module
+        expected = target.delta.view(-1)[torch.from_numpy(target.indices)].float()
+        torch.testing.assert_close(
+            result.values[module], expected, rtol=VALUE_RTOL, atol=VALUE_ATOL, msg=lambda text, m=module: f"{m}: {text}"
+        )
+
+
+@pytest.mark.parametrize("run", ["2 ranks", "4 ranks"])
+def test_the_number_of_ranks_changes_nothing_but_rounding(run: str, runs: dict[str, FinishedRun]) -> None:
+    """With the same global batch; that all ranks of a run agree at every event is asserted by the run itself."""
+    one, several = runs["1 rank"], runs[run]
+    assert largest_difference(several.steps("loss"), one.steps("loss")) < 1e-3
+    assert largest_difference(several.heldout_losses, one.heldout_losses) < 1e-3
+    assert several.event_hashes.keys() == one.event_hashes.keys()
+    assert index_overlap(several, one) >= 0.995
+
+
+def test_gradient_checkpointing_changes_nothing(runs: dict[str, FinishedRun]) -> None:
+    one, checkpointing = runs["1 rank"], runs["checkpointing"]
+    assert largest_difference(checkpointing.steps("loss"), one.steps("loss")) < 1e-6
+    assert checkpointing.event_hashes == one.event_hashes
