@@ -9,6 +9,7 @@ import argparse
 import json
 import logging
 import os
+import shlex
 import sys
 import time
 import warnings
@@ -101,9 +102,10 @@ def _carry_out(config: RunConfig) -> None:
         for warning in config.warnings():
             logging.getLogger("sparse_ds").warning("%s", warning)
         if launch.world_size == 1 and launch.launcher == "deepspeed" and device_type == "cpu":
+            typed = [word for word in sys.argv if not word.startswith("--local_rank")]
             print(
                 "sparse_ds: no GPU here, so `deepspeed` started 1 rank on the CPU; for two ranks: "
-                f"deepspeed --num_accelerators 2 {' '.join(sys.argv)}",
+                f"deepspeed --num_accelerators 2 {shlex.join(typed)}",
                 flush=True,
             )
 

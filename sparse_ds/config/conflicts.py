@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from sparse_ds.config.schema import CheckpointConfig, DataConfig, MethodConfig, ModelConfig, TrainConfig
 
 IDLE_KEYS_OF_METHOD: Mapping[str, Mapping[str, tuple[str, ...]]] = {
-    "sft_ma": {"optimizer": ("betas", "eps")},
+    "sft_ma": {"optimizer": ("betas",)},
     "full": {
         "method": ("density", "target_modules", "interval_steps", "estimation_steps", "initial_drop_fraction"),
         "optimizer": ("momentum",),

@@ -7,24 +7,27 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-from sparse_ds.embedded import resolve_model
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 HIDDEN_SIZE, INTERMEDIATE_SIZE, HEAD_SIZE = 114, 331, 38
 """3 query heads and 1 key and value head: matrices of 114 x 114, 38 x 114, 331 x 114 and 114 x 331 weights, of which
-none has a number of weights, bytes or blocks that 2 or 4 divide."""
+no packed one splits evenly over 4 ranks, and only the odd number of its bytes decides over 2."""
+WORDS = ["<unk>", "</s>", "the", "of", "is", "number", "list", "dog", "key", "sun", *map(str, range(16))]
 
 
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a random fp32 Llama with two blocks and the embedded tokenizer."""
+    """Folder of a random fp32 Llama with two blocks and a tokenizer of 26 words."""
     folder = tmp_path_factory.mktemp("tiny_base")
-    tokenizer = AutoTokenizer.from_pretrained(resolve_model("embedded"))
-    tokenizer.save_pretrained(folder)
+    words = Tokenizer(WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="<unk>"))
+    words.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="</s>").save_pretrained(folder)
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(tokenizer),
+        vocab_size=len(WORDS) + 1,
         hidden_size=HIDDEN_SIZE,
         intermediate_size=INTERMEDIATE_SIZE,
         num_hidden_layers=2,
@@ -33,9 +36,8 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
         head_dim=HEAD_SIZE,
         max_position_embeddings=64,
         tie_word_embeddings=False,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+        eos_token_id=1,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
@@ -45,6 +47,6 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A JSONL file with 48 short texts."""
     path = tmp_path_factory.mktemp("tiny_data") / "texts.jsonl"
-    rows = [{"text": f"the {word} is number {number} of the list"} for number in range(16) for word in ("dog", "key", "sun")]
+    rows = [{"text": f"the {word} is number {number} of the list"} for number in range(16) for word in WORDS[7:10]]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path

@@ -1,57 +1,108 @@
-import gc, hashlib
+"""What a rank holds: its partition between steps, and no more than the configured limits within them.
+
+Whole runs (data, evaluations, events, the adapter at the end) on 1, 2 and 4 ranks, looked into by `partition_probe`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
 from pathlib import Path
-import pytest, torch
+from typing import Any
+
+import pytest
+from partition_probe import ProbeReport, probe_run
 from ranks import run_ranks
 
-def config_of(base, data, output, **kw):
-    from sparse_ds.config.schema import RunConfig
+MAX_LIVE_PARAMETERS, PREFETCH_BUCKET_SIZE = 45_000, 20_000
+"""Elements: the largest layer over a bf16 base is 114 x 331 weights with its 2 x 1886 deltas, 41,506 elements."""
+MAX_STEPS, INTERVAL_STEPS, ESTIMATION_STEPS, EVAL_INTERVAL_STEPS = 5, 3, 2, 2
+"""Events after steps 2 and 5, evaluations before step 1 and after steps 2 and 4: an event, then an evaluation, and the
+run ends on an event."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run."""
+
+    num_ranks: int
+    quantization: str
+    double_quantization: bool = False
+    gradient_checkpointing: bool = False
+    gradient_accumulation_steps: int = 1
+    limited: bool = True
+
+
+CASES = [
+    Case(2, "nf4", double_quantization=True, gradient_accumulation_steps=2),
+    Case(4, "nf4", gradient_checkpointing=True),
+    Case(2, "none", gradient_checkpointing=True),
+    Case(4, "none"),
+    # With one rank the gathered parameter can be the partition itself: an edit left behind would change the base.
+    Case(1, "none", limited=False),
+    Case(1, "nf4", gradient_checkpointing=True),
+]
+
+
+def settings_of(case: Case, base: Path, data: Path, output_dir: Path) -> dict[str, Any]:
+    zero: dict[str, Any] = {"reduce_bucket_size": 3000}
+    if case.limited:
+        zero["stage3_max_live_parameters"] = MAX_LIVE_PARAMETERS
+        zero["stage3_prefetch_bucket_size"] = PREFETCH_BUCKET_SIZE
+        # What is kept for reuse does not count as live for DeepSpeed's prefetcher.
+        zero["stage3_max_reuse_distance"] = 0
     return {
-        "model": {"name_or_path": str(base), "quantization": kw.get("quantization","nf4"), "dtype": "bfloat16", "double_quantization": kw.get("dq", False)},
-        "data": {"train": str(data), "eval": str(data), "num_eval_samples": 5, "sequence_length": 24},
-        "method": {"density": 0.05, "interval_steps": 3, "estimation_steps": 2},
+        "model": {
+            "name_or_path": str(base),
+            "quantization": case.quantization,
+            "double_quantization": case.double_quantization,
+            "dtype": "bfloat16",
+        },
+        "data": {"train": str(data), "eval": str(data), "num_eval_samples": 6, "sequence_length": 16},
+        "method": {"density": 0.05, "interval_steps": INTERVAL_STEPS, "estimation_steps": ESTIMATION_STEPS},
+        # A rate at which the deltas are far above half a unit in the last place: the gathered base is really edited.
         "optimizer": {"learning_rate": 0.01, "momentum": 0.5},
-        "train": {"output_dir": str(output), "max_steps": 5, "micro_batch_size": 1, "gradient_accumulation_steps": 2, "eval_interval_steps": 2, "gradient_checkpointing": kw.get("ckpt", False)},
+        "train": {
+            "output_dir": str(output_dir),
+            "max_steps": MAX_STEPS,
+            "micro_batch_size": 1,
+            "gradient_accumulation_steps": case.gradient_accumulation_steps,
+            "eval_micro_batch_size": 2,
+            "eval_interval_steps": EVAL_INTERVAL_STEPS,
+            "gradient_checkpointing": case.gradient_checkpointing,
+        },
         "export": {"merged": False},
         "monitor": {"progress_bar": False, "num_sample_prompts": 0},
-        "deepspeed": {"zero_optimization": {"reduce_bucket_size": 3000, "stage3_max_live_parameters": 60000, "stage3_prefetch_bucket_size": 20000, "stage3_max_reuse_distance": 0, **kw.get("zero", {})}},
+        "deepspeed": {"zero_optimization": zero},
     }
 
-def explore(settings):
-    import os
-    from sparse_ds.config.schema import RunConfig
-    from sparse_ds.distributed.launch_environment import complete_environment
-    from sparse_ds.training import run as run_module
-    from transformers import TrainerCallback
-    out=[]
-    orig=run_module._Training._bind
-    def bind(self, total):
-        orig(self,total)
-        model=self.trainer.model
-        mx=[0]
-        def sample(*a):
-            mx[0]=max(mx[0], sum(p.ds_numel for p in model.parameters() if p.ds_status.name!="NOT_AVAILABLE"))
-        for m in model.modules(): m.register_forward_pre_hook(sample)
-        class C(TrainerCallback):
-            def on_step_end(s,*a,**k):
-                big={}
-                for o in gc.get_objects():
-                    if isinstance(o,torch.Tensor) and type(o).__name__!="FakeTensor":
-                        st=o.untyped_storage()
-                        if st.nbytes()>1500: big[st.data_ptr()]=(st.nbytes(),o.dtype,tuple(o.shape), type(o).__name__)
-                nam={p.ds_tensor.untyped_storage().data_ptr():n for n,p in model.named_parameters()}
-                out.append((a[1].global_step, mx[0], [ (v, nam.get(d)) for d,v in sorted(big.items(), key=lambda x:-x[1][0])],
-                  {n:p.ds_status.name for n,p in model.named_parameters() if p.ds_status.name!="NOT_AVAILABLE"}, max((p.ds_numel,n) for n,p in model.named_parameters())))
-                mx[0]=0
-        self.trainer.add_callback(C())
-    run_module._Training._bind=bind
-    run_module.run(RunConfig.model_validate(settings), complete_environment(os.environ), "cpu")
-    return out
 
-def test_explore(tiny_base,tiny_data,tmp_path):
-    import time
-    t=time.time()
-    r=run_ranks(2, explore, config_of(tiny_base,tiny_data,tmp_path/"o"), join_group=False)
-    print(time.time()-t)
-    for s in r[0]:
-        print(s[0],s[1],s[3],s[4])
-    for x in r[0][-1][2]: print(x)
+@pytest.mark.parametrize(
+    "case", CASES, ids=lambda c: f"{c.num_ranks}ranks-{c.quantization}{'-checkpointing' * c.gradient_checkpointing}"
+)
+def test_a_rank_holds_its_partition_and_leaves_the_base_as_it_is(
+    case: Case, tiny_base: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    settings = settings_of(case, tiny_base, tiny_data, tmp_path / "run")
+    reports: list[ProbeReport] = run_ranks(case.num_ranks, probe_run, settings, join_group=False)
+    for report in reports:
+        assert report.checks == [
+            "start",
+            "step 1",
+            "step 2",
+            "evaluation after step 2",
+            "step 3",
+            "step 4",
+            "evaluation after step 4",
+            "step 5",
+            "evaluation after step 5",
+        ]
+        assert report.checkpointed is case.gradient_checkpointing
+        assert report.num_changed_values > 0
+        assert report.base_after == report.base_before
+        assert report.num_backward_samples > 0
+        limit = MAX_LIVE_PARAMETERS + PREFETCH_BUCKET_SIZE
+        if case.limited:
+            assert report.max_gathered_elements <= limit
+        else:
+            # Without the limits the same count is above them: it would notice.
+            assert report.max_gathered_elements > limit

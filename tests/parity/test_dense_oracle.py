@@ -207,7 +207,7 @@ def test_the_comparison_means_something(name: str, request: pytest.FixtureReques
     assert all(count > 0 for count in trace.num_replaced.values())
     clipped = sum(norm > settings.max_grad_norm for norm in trace.grad_norms)
     assert 0 < clipped < settings.total_steps
-    assert trace.heldout_losses[0] - trace.heldout_losses[1] > 0.1, "the run must have moved"
+    assert trace.heldout_losses[0] - trace.heldout_losses[1] > 0.05, "the run must have moved"
     assert max(float(target.delta.abs().max()) for target in oracle.targets.values()) > settings.learning_rate
 
 

@@ -1,0 +1,189 @@
+"""Looks into a real run from the inside: what every rank holds between steps, and what it gathers within them."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import math
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from sparse_ds.config.schema import RunConfig
+from sparse_ds.distributed import process_group
+from sparse_ds.distributed.launch_environment import complete_environment
+from sparse_ds.optim.sm3 import SparseSM3
+from sparse_ds.sparse.sparse_linear import SparseLinear
+from sparse_ds.training import run as run_module
+from sparse_ds.training.trainer import SparseTrainer
+
+OPTIMIZER_STATES = ("exp_avg",)
+
+
+@dataclass
+class ProbeReport:
+    """What one rank saw. Broken contracts are raised on the spot; these are the proofs that it looked."""
+
+    checks: list[str] = field(default_factory=list)
+    """Where the between-steps contract was checked: "step 1", "evaluation after step 2", ..."""
+    num_samples: int = 0
+    """Moments within steps at which the gathered parameters were counted."""
+    num_backward_samples: int = 0
+    max_gathered_elements: int = 0
+    total_elements: int = 0
+    base_before: str = ""
+    base_after: str = ""
+    num_changed_values: int = 0
+    checkpointed: bool = False
+
+
+def probe_run(settings: dict[str, Any]) -> ProbeReport:
+    """One whole `run(...)` of this rank, probed."""
+    report = ProbeReport()
+
+    class ProbedTrainer(SparseTrainer):
+        def __init__(self, **kwargs: Any) -> None:
+            super().__init__(**kwargs)
+            report.base_before = hash_base(self.model)
+            self.add_callback(_InstallLast(self, report))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_module, "SparseTrainer", ProbedTrainer)
+        run_module.run(RunConfig.model_validate(settings), complete_environment(os.environ), "cpu")
+    return report
+
+
+class _InstallLast(TrainerCallback):
+    """Installs the probe behind every callback of the run, so that it sees what is left after all of them."""
+
+    def __init__(self, trainer: SparseTrainer, report: ProbeReport) -> None:
+        self._trainer, self._report = trainer, report
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        probe = PartitionProbe(self._trainer, self._report)
+        probe.check("start")
+        self._trainer.add_callback(probe)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        model = self._trainer.model
+        self._report.base_after = hash_base(model)
+        values = [parameter.ds_tensor for parameter in model.parameters() if parameter.requires_grad]
+        self._report.num_changed_values = sum(int(value.count_nonzero()) for value in values)
+
+
+class PartitionProbe(TrainerCallback):
+    """Checks the contract at the end of every step and evaluation; counts gathered elements within."""
+
+    def __init__(self, trainer: SparseTrainer, report: ProbeReport) -> None:
+        self._trainer, self._report = trainer, report
+        self._model = trainer.model
+        self._zero = trainer.deepspeed.optimizer
+        self._names = {parameter: name for name, parameter in self._model.named_parameters()}
+        self._world_size = process_group.world_size()
+        report.total_elements = sum(p.ds_numel for p in self._names)
+        report.checkpointed = self._model.is_gradient_checkpointing
+        for module in self._model.modules():
+            module.register_forward_pre_hook(self._count_gathered)
+            if isinstance(module, SparseLinear):
+                self._count_at_products(module)
+
+    def _count_at_products(self, layer: SparseLinear) -> None:
+        """The dense weight is built where the parameters are gathered: in forward, recomputation and backward."""
+        merged_weight = layer.merged_weight
+
+        def counted() -> Any:
+            self._count_gathered()
+            self._report.num_backward_samples += torch._C._current_graph_task_id() != -1
+            return merged_weight()
+
+        layer.merged_weight = counted  # type: ignore[method-assign]
+
+    def _count_gathered(self, *hook_arguments: Any) -> None:
+        gathered = sum(p.ds_numel for p in self._names if p.ds_status.name != "NOT_AVAILABLE")
+        self._report.max_gathered_elements = max(self._report.max_gathered_elements, gathered)
+        self._report.num_samples += 1
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.check(f"step {state.global_step}")
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.check(f"evaluation after step {state.global_step}")
+
+    def check(self, where: str) -> None:
+        for parameter, name in self._names.items():
+            assert parameter.ds_status.name == "NOT_AVAILABLE", f"{where}: {name} is {parameter.ds_status.name}"
+            assert parameter.data.numel() == 0, f"{where}: {name} holds {parameter.data.numel()} gathered elements"
+            assert parameter.grad is None, f"{where}: {name} holds a gradient"
+            size = self._partition_size(parameter)
+            assert parameter.ds_tensor.numel() == size, f"{where}: {name}: {parameter.ds_tensor.numel()} of {size}"
+        known = self._known_storages(where)
+        full_sizes, smallest_matrix = self._full_sizes()
+        for tensor in _live_tensors():
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() in known:
+                continue
+            described = f"{where}: an unknown {tensor.dtype} tensor {tuple(tensor.shape)} of {storage.nbytes()} bytes"
+            assert storage.nbytes() < smallest_matrix, f"{described} is as large as a full matrix"
+            assert storage.nbytes() not in full_sizes, f"{described} has the size of a full tensor"
+        self._report.checks.append(where)
+
+    def _known_storages(self, where: str) -> set[int]:
+        """Data pointers of everything that may be there, each checked to be no larger than partitions are."""
+        trained = [parameter for parameter in self._names if parameter.requires_grad]
+        trained_elements = sum(self._partition_size(parameter) for parameter in trained)
+        storages = {p.ds_tensor.untyped_storage().data_ptr(): p.ds_tensor.untyped_storage() for p in self._names}
+        partition_bytes = sum(self._partition_size(p) * p.ds_tensor.element_size() for p in self._names)
+        held_bytes = sum(storage.nbytes() for storage in storages.values())
+        assert held_bytes == partition_bytes, f"{where}: partitions take {held_bytes} bytes, expected {partition_bytes}"
+
+        flats = list(self._zero.fp32_partitioned_groups_flat)
+        assert sum(flat.numel() for flat in flats) == trained_elements, f"{where}: master weights"
+        optimizer = self._zero.optimizer
+        states = [tensor for flat in flats for tensor in optimizer.state[flat].values()]
+        assert sum(tensor.numel() for tensor in states) == len(OPTIMIZER_STATES) * trained_elements, f"{where}: state"
+        gradients = self._zero.grad_partitions_flat_buffer
+        assert gradients.numel() == trained_elements, f"{where}: gradients"
+        if isinstance(optimizer, SparseSM3):
+            shapes = [m.layout.num_rows + m.layout.num_cols for m in self._model.modules() if isinstance(m, SparseLinear)]
+            assert optimizer.accumulators.numel() == optimizer.pending_accumulators.numel() == sum(shapes)
+        buckets = [bucket.buffer for bucket in self._zero.ipg_buckets.values() if bucket.buffer is not None]
+        assert sum(bucket.numel() for bucket in buckets) == self._zero.reduce_bucket_size
+        others = [*flats, *states, gradients, optimizer.accumulators, optimizer.pending_accumulators, *buckets]
+        return {*storages, *(tensor.untyped_storage().data_ptr() for tensor in others)}
+
+    def _full_sizes(self) -> tuple[set[int], int]:
+        """Bytes of the full tensors of the sparse layers, and of the smallest full base matrix among them."""
+        sizes, matrices = set(), []
+        for module in self._model.modules():
+            if isinstance(module, SparseLinear):
+                sizes |= {p.ds_numel * p.ds_tensor.element_size() for p in module.parameters()}
+                base = module.weight if module.packed is None else module.packed
+                matrices.append(base.ds_numel * base.ds_tensor.element_size())
+        return sizes, min(matrices)
+
+    def _partition_size(self, parameter: nn.Parameter) -> int:
+        return math.ceil(parameter.ds_numel / self._world_size)
+
+
+def hash_base(model: nn.Module) -> str:
+    """sha256 over every byte of this rank's partitions of the frozen base (all but indices and values)."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        if not parameter.requires_grad and not name.endswith(".indices"):
+            digest.update(name.encode())
+            digest.update(parameter.ds_tensor.detach().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _live_tensors() -> list[torch.Tensor]:
+    # `type`, not isinstance: that would run the properties of proxy objects.
+    return [found for found in gc.get_objects() if issubclass(type(found), torch.Tensor)]
