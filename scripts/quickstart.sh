@@ -12,7 +12,7 @@
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
 phase() {
-    printf '\n== %s\n' "$1"
+    printf '\n== %s  [%d s so far]\n' "$1" "$SECONDS"
 }
 
 # Two ranks on the CPU; with GPUs as many of them as share the batch of 32 samples (4 micro batches of 8) evenly.
@@ -24,8 +24,8 @@ train() {
     shift 2
     # deepspeed's own port is the same for every run: a free one lets several share a machine.
     port="$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')"
-    deepspeed --num_accelerators "$num_ranks" --master_port "$port" launcher/train.py --config "$config" \
-        --set "train.output_dir=runs/$name" --set train.overwrite=true "$@"
+    deepspeed --num_accelerators "$num_ranks" --master_port "$port" --log_level warning \
+        launcher/train.py --config "$config" --set "train.output_dir=runs/$name" --set train.overwrite=true "$@"
 }
 
 phase "SFT-MA over an NF4 base: $num_ranks ranks"
