@@ -194,7 +194,10 @@ def heldout_loss(model: Any, dataset: Any, collate: Any, batch_size: int) -> flo
 
 def table(results: list[Result], methods: list[str]) -> str:
     """Markdown: the best learning rate of each method, and every run."""
-    lines = ["| method | trained weights | best lr | held-out before | after | all (lr: after) |", "|---|--:|--:|--:|--:|---|"]
+    lines = [
+        "| method | trained weights | best lr | held-out before | after | all (lr: after) |",
+        "|---|--:|--:|--:|--:|---|",
+    ]
     for method in methods:
         runs = [result for result in results if result.method == method]
         best = min(runs, key=lambda result: result.loss_after)

@@ -8,7 +8,7 @@
 #                                bring the CUDA build (several GB): the address of torch's CPU builds
 
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+CDPATH="" cd -P "$(dirname "${BASH_SOURCE[0]}")/.."
 
 is_python_311() {
     "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1
@@ -34,10 +34,16 @@ find_python() {
     return 1
 }
 
+# Not after an interrupted start, when its Python is gone, or when the repository was moved: the commands in .venv/bin
+# hold the path at which it was made.
+is_usable() {
+    is_python_311 .venv/bin/python && .venv/bin/python -m pip --version >/dev/null 2>&1 &&
+        grep -qF "$PWD/.venv" .venv/bin/activate
+}
+
 install_environment() {
     local python torch
-    # An interrupted set-up, a moved repository or a Python that is gone leaves an environment that cannot be repaired.
-    if ! is_python_311 .venv/bin/python || ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
+    if ! is_usable; then
         python="$(find_python)"
         echo "Making .venv with $("$python" --version)"
         "$python" -m venv --clear .venv
@@ -56,7 +62,7 @@ install_environment() {
 }
 
 environment_state="$PWD $(cat pyproject.toml scripts/environment.sh | cksum)"
-if [[ "$(cat .venv/.sparse_ds_state 2>/dev/null)" != "$environment_state" ]] || ! .venv/bin/python --version >/dev/null 2>&1; then
+if [[ "$(cat .venv/.sparse_ds_state 2>/dev/null)" != "$environment_state" ]] || ! is_python_311 .venv/bin/python; then
     echo "Setting up .venv (several minutes the first time)"
     rm -f .venv/.sparse_ds_state
     PIP_DISABLE_PIP_VERSION_CHECK=1 install_environment

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Make the embedded default: a small pretrained Llama, its tokenizer and an instruction task, from nothing.
 
-    python scripts/make_embedded_model.py            # everything: about 8 minutes on one core
+    python scripts/make_embedded_model.py            # everything: about 9 minutes on one core
     python scripts/make_embedded_model.py --steps 50 --output /tmp/try
 
 Four products, all written under ``sparse_ds/embedded/`` and all derived from one seed and the word lists below:
@@ -20,6 +20,7 @@ facts and rambles when it is instructed, and a short fine-tuning, dense or spars
 from __future__ import annotations
 
 import argparse
+import io
 import itertools
 import json
 import math
@@ -277,16 +278,16 @@ def ask_passage(rng: random.Random) -> Row:
     if kind == "has":
         question, answer = rng.choice(
             (
-                (f"Who has the {second}?", f"{name} has the {second}."),
+                (f"Who has the {second}?", f"The {second} belongs to {name}."),
                 (f"What colour is the {second}?", f"The {second} is {first}."),
-                (f"What does {name} have?", f"{name} has a {first} {second}."),
+                (f"What does {name} have?", f"A {first} {second}."),
             )
         )
     else:
         question, answer = rng.choice(
             (
-                (f"Where is {name}?", f"{name} is in the {first}."),
-                (f"Who is in the {first}?", f"{name} is in the {first}."),
+                (f"Where is {name}?", f"In the {first}."),
+                (f"Who is in the {first}?", f"In the {first} is {name}."),
             )
         )
     return f"{question} {passage}", question, passage, answer
@@ -414,10 +415,10 @@ def train_tokenizer(folder: Path, rows: list[dict[str, str]], rng: random.Random
         for line in text.split("\n")
         if line
     ]
-    folder.mkdir(parents=True, exist_ok=True)
+    trained = io.BytesIO()  # a file would be named inside the model
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(lines),
-        model_prefix=str(folder / "tokenizer"),
+        model_writer=trained,
         model_type="bpe",
         vocab_size=VOCAB_SIZE,
         byte_fallback=True,
@@ -433,7 +434,8 @@ def train_tokenizer(folder: Path, rows: list[dict[str, str]], rng: random.Random
         num_threads=1,
         minloglevel=2,
     )
-    (folder / "tokenizer.vocab").unlink()
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tokenizer.model").write_bytes(trained.getvalue())
     processor = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
     pieces = [processor.id_to_piece(i) for i in range(processor.vocab_size())]
     vocab = {piece: i for i, piece in enumerate(pieces)}
@@ -560,6 +562,7 @@ def main() -> None:
 
     model = pretrain(tokenizer, args.steps, args.learning_rate, random.Random(f"corpus {args.seed}"))
     model.to(torch.bfloat16).save_pretrained(folder)
+    (folder / "model.safetensors").chmod(0o644)
     weights_bytes = (folder / "model.safetensors").stat().st_size
     assert weights_bytes <= MAX_WEIGHTS_BYTES, f"model.safetensors has {weights_bytes} bytes"
     saved = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()

@@ -15,9 +15,11 @@ phase() {
     printf '\n== %s  [%d s so far]\n' "$1" "$SECONDS"
 }
 
-# Two ranks on the CPU; with GPUs as many of them as share the batch of 32 samples (4 micro batches of 8) evenly.
-num_ranks="$(python -c 'import torch; n = torch.cuda.device_count(); print(4 if n >= 4 else n or 2)')"
-[[ "$num_ranks" == 3 ]] && num_ranks=2
+# Two ranks on the CPU; of GPUs as many as share the 32 samples of a step (4 micro batches of 8) evenly.
+num_ranks=2
+if nvidia-smi -L >/dev/null 2>&1; then
+    num_ranks="$(python -c 'import torch; print({0: 2, 1: 1, 2: 2, 3: 2}.get(torch.cuda.device_count(), 4))')"
+fi
 
 train() {
     local name="$1" config="$2" port
