@@ -76,7 +76,9 @@ def _report(runs: list[Path]) -> int:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+    rank_text = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+    # A rank that is no number is an error of its own, which `complete_environment` explains.
+    rank = int(rank_text) if rank_text.isdecimal() else 0
     try:
         resume = [] if arguments.resume is None else [f"checkpoint.resume={json.dumps(arguments.resume)}"]
         config = load_config(arguments.config, [*arguments.set, *resume])

@@ -15,6 +15,7 @@ import hashlib
 import json
 import re
 import shutil
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,16 @@ def remove_old_checkpoints(run_folder: Path, keep: int) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
+def remove_checkpoints_after(run_folder: Path, step: int) -> None:
+    """Delete those of later steps: they are not of the run that goes on from `step`."""
+    for path in _checkpoints_after(run_folder, step):
+        shutil.rmtree(path)
+
+
+def _checkpoints_after(run_folder: Path, step: int) -> list[Path]:
+    return [path for path in list_checkpoints(run_folder) if int(path.name.removeprefix("checkpoint-")) > step]
+
+
 class Checkpoint:
     """A checkpoint folder whose every byte has been checked.
 
@@ -168,14 +179,23 @@ def find_checkpoint(run_folder: Path, resume: str) -> tuple[Checkpoint, list[str
         The checkpoint, and what was wrong with newer ones that were passed over (for "auto").
 
     Raises:
-        UserError: there is none, or the one named is damaged.
+        UserError: there is none, or the one named is damaged or not the newest of the run's own.
     """
     if resume != "auto":
-        if not Path(resume).is_dir():
+        folder = Path(resume)
+        if not folder.is_dir():
             raise UserError(
                 f"checkpoint.resume: {resume!r} is no folder; expected a checkpoint-<step> folder or `auto`."
             )
-        return Checkpoint(Path(resume)), []
+        checkpoint = Checkpoint(folder)
+        later = _checkpoints_after(run_folder, checkpoint.index.step)
+        if later and folder.resolve().parent == run_folder.resolve():
+            raise UserError(
+                f"checkpoint.resume: {folder} is not the newest checkpoint of {run_folder}: "
+                f"{', '.join(path.name for path in later)} would not belong to the run that goes on from it. Choose "
+                "another train.output_dir, remove them, or go on from the newest with `auto`."
+            )
+        return checkpoint, []
     problems: list[str] = []
     for folder in reversed(list_checkpoints(run_folder)):
         try:
@@ -193,18 +213,27 @@ def check_identity(saved: dict[str, Any], current: dict[str, Any], folder: Path)
     """Refuse to go on from another run's checkpoint.
 
     Raises:
-        UserError: lists every difference.
+        UserError: lists every difference; of a table (one number a layer) the first and how many there are.
     """
-    differences = [
-        f"{key}: checkpoint {saved.get(key)!r}, this run {current.get(key)!r}"
-        for key in sorted(saved.keys() | current.keys())
-        if saved.get(key) != current.get(key)
-    ]
+    differences = list(_describe_differences(saved, current))
     if differences:
         raise UserError(
             f"checkpoint.resume: {folder} belongs to another run. Differences: {'; '.join(differences)}. Use the "
             "configuration that wrote it, or start anew."
         )
+
+
+def _describe_differences(saved: dict[str, Any], current: dict[str, Any]) -> Iterator[str]:
+    for key in sorted(saved.keys() | current.keys()):
+        left, right = saved.get(key), current.get(key)
+        if left == right:
+            continue
+        if isinstance(left, dict) and isinstance(right, dict):
+            inner = list(_describe_differences(left, right))
+            more = f" (and {len(inner) - 1} more)" if len(inner) > 1 else ""
+            yield f"{key}.{inner[0]}{more}"
+        else:
+            yield f"{key}: checkpoint {left!r}, this run {right!r}"
 
 
 def _read_index(folder: Path) -> CheckpointIndex:

@@ -81,14 +81,11 @@ def _from_slurm(environ: MutableMapping[str, str]) -> None:
 
 
 def first_slurm_host(nodelist: str) -> str:
-    """First host of SLURM's compressed list: `gpu[003-005,9],login1` -> `gpu003`."""
-    match = re.match(r"^([^,\[]+)(?:\[([^\]]+)\])?([^,]*)", nodelist)
+    """First host of SLURM's compressed list: `gpu[003-005,9],login1` -> `gpu003`, `rack[1-2]n[3-4]` -> `rack1n3`."""
+    match = re.match(r"(?:[^,\[\]]|\[[^\[\]]+\])+(?=,|$)", nodelist)
     if match is None:
         raise UserError(f"srun: cannot read the node list {nodelist!r}; set MASTER_ADDR to the first node's name.")
-    prefix, ranges, suffix = match.groups()
-    if ranges is None:
-        return prefix
-    return f"{prefix}{re.split('[-,]', ranges)[0]}{suffix}"
+    return re.sub(r"\[([^\[\]]+)\]", lambda ranges: re.split("[-,]", ranges[1])[0], match[0])
 
 
 def _number(environ: MutableMapping[str, str], name: str) -> int:

@@ -115,7 +115,8 @@ def dequantize_nf4(
             dtype=torch.float32,
         )
     dense: Tensor = bnb.dequantize_4bit(packed.reshape(-1, 1), quant_state=state)
-    return dense
+    # A single packed byte looks to bitsandbytes like a transposed matrix.
+    return dense.reshape(shape)
 
 
 @functools.cache

@@ -128,7 +128,10 @@ class BaseCheckpoint:
         """One tensor as it is stored, on CPU."""
         file_name = self._file_of[name]
         if file_name.endswith(".bin"):
-            return self._bin_tensors(file_name)[name]
+            tensors = self._bin_tensors(file_name)
+            if name not in tensors:
+                raise self._unreadable(file_name, KeyError(f"no tensor {name}"))
+            return tensors[name]
         with self._open(file_name) as file:
             try:
                 tensor: Tensor = file.get_tensor(name)

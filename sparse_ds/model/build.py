@@ -46,30 +46,62 @@ class SparseSettings:
     seed: int
 
 
-def empty_model(checkpoint: BaseCheckpoint, base: BaseSettings) -> PreTrainedModel:
-    """The architecture with parameters on the meta device and real buffers.
+def read_architecture(checkpoint: BaseCheckpoint) -> PretrainedConfig:
+    """What config.json says of the model.
 
     Raises:
-        UserError: an architecture that is not supported, or a checkpoint that is already quantized.
+        UserError: an architecture that is not supported, a checkpoint that is already quantized, or a value that
+            transformers refuses.
     """
-    config: PretrainedConfig = AutoConfig.from_pretrained(checkpoint.folder)
-    if config.model_type not in SUPPORTED_MODEL_TYPES:
+    model_type = checkpoint.config.get("model_type")
+    if model_type not in SUPPORTED_MODEL_TYPES:
         raise UserError(
-            f"model.name_or_path: {checkpoint.folder} is a {config.model_type!r} model; expected one of "
+            f"model.name_or_path: {checkpoint.folder} is a {model_type!r} model; expected one of "
             f"{', '.join(SUPPORTED_MODEL_TYPES)}."
         )
-    if getattr(config, "quantization_config", None) is not None:
+    if checkpoint.config.get("quantization_config") is not None:
         raise UserError(
             f"model.name_or_path: {checkpoint.folder} is already quantized (`quantization_config` in its config.json); "
             "give the 16-bit checkpoint and set model.quantization=nf4."
         )
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(checkpoint.folder)
+    except Exception as error:  # whatever transformers finds in it
+        raise _refused_config(checkpoint, error) from error
+    return config
+
+
+def empty_model(checkpoint: BaseCheckpoint, base: BaseSettings) -> PreTrainedModel:
+    """The architecture with parameters on the meta device and real buffers.
+
+    Raises:
+        UserError: as `read_architecture`; an attention implementation that cannot be had here.
+    """
+    config = read_architecture(checkpoint)
     config.use_cache = False
-    with init_empty_weights(include_buffers=False):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            config, dtype=base.dtype, attn_implementation=base.attention
-        )
+    try:
+        with init_empty_weights(include_buffers=False):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config, dtype=base.dtype, attn_implementation=base.attention
+            )
+    except ImportError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"model.attention: got {base.attention}, which cannot be used here ({reason}). Install what it needs, or "
+            "set model.attention to sdpa."
+        ) from error
+    except Exception as error:  # values that fit together in type only
+        raise _refused_config(checkpoint, error) from error
     model.tie_weights()
     return model
+
+
+def _refused_config(checkpoint: BaseCheckpoint, error: Exception) -> UserError:
+    reason = " ".join(str(error).split())
+    return UserError(
+        f"model.name_or_path: transformers cannot make a model from {checkpoint.folder / 'config.json'} "
+        f"({type(error).__name__}: {reason}). Correct the value, or get the file again."
+    )
 
 
 def plan_layouts(model: nn.Module, sparse: SparseSettings) -> dict[str, SparseLayout]:
@@ -114,7 +146,8 @@ def build_sparse_model(
     for name, layout in layouts.items():
         parent, _, child = name.rpartition(".")
         make = _SparseMaker(checkpoint, name, layout, base, partitioned, device)
-        setattr(model.get_submodule(parent), child, make.layer(seed))
+        has_bias = model.get_submodule(name).bias is not None
+        setattr(model.get_submodule(parent), child, make.layer(seed, has_bias=has_bias))
     _fill_remaining(checkpoint, model, base.dtype, partitioned, trainable=False)
 
 
@@ -143,7 +176,7 @@ class _SparseMaker:
         self.checkpoint, self.name, self.layout, self.base = checkpoint, name, layout, base
         self.partitioned, self.device = partitioned, device
 
-    def layer(self, seed: int) -> SparseLinear:
+    def layer(self, seed: int, *, has_bias: bool) -> SparseLinear:
         layout = self.layout
         shape = (layout.num_rows, layout.num_cols)
         weight_OI = _read(self.checkpoint, f"{self.name}.weight", shape, self.base.dtype)
@@ -161,7 +194,7 @@ class _SparseMaker:
         tensors["values"] = self.partitioned.make(
             (layout.num_active,), torch.float32, lambda partition, start: None, requires_grad=True
         )
-        if f"{self.name}.bias" in self.checkpoint:
+        if has_bias:
             bias_O = _read(self.checkpoint, f"{self.name}.bias", (layout.num_rows,), self.base.dtype)
             tensors["bias"] = self._frozen(bias_O)
         return SparseLinear(layout, self.base.dtype, tensors)

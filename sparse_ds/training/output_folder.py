@@ -40,19 +40,28 @@ class OutputFolder:
         self.adapter = self.path / "adapter"
         self.merged = self.path / "merged"
 
-    def check(self, *, overwrite: bool, resume: bool) -> None:
+    def goes_on(self, resume: str | None) -> bool:
+        """Whether a run with this `checkpoint.resume` goes on with the run that is in the folder."""
+        return resume == "auto" or (resume is not None and Path(resume).resolve().is_relative_to(self.path.resolve()))
+
+    def check(self, *, overwrite: bool, resume: str | None) -> None:
         """Refuse to mix two runs. Only looks, so every rank may call it at any time before `create`.
 
         Raises:
-            UserError: the folder holds a run and neither overwriting nor resuming was asked for; it is a file; it
-                holds something else.
+            UserError: the folder holds a run that is neither to be overwritten nor to go on, or both; it is a file;
+                it holds something else.
         """
         if not self.path.exists():
             return
         if not self.path.is_dir():
             raise UserError(f"train.output_dir: {self.path} is a file; expected a folder or a new name.")
         holds_run = self.resolved_config.exists() or self.metrics.exists()
-        if holds_run and not overwrite and not resume:
+        if overwrite and self.goes_on(resume):
+            raise UserError(
+                f"train.overwrite: got true (begin anew in {self.path}) together with checkpoint.resume {resume}, which "
+                "would be deleted. Choose one of the two, or another train.output_dir."
+            )
+        if holds_run and not overwrite and not self.goes_on(resume):
             raise UserError(
                 f"train.output_dir: {self.path} already holds a run. Choose another folder, start anew with "
                 "`--set train.overwrite=true`, or go on with `--resume auto`."
@@ -67,10 +76,10 @@ class OutputFolder:
         known = {self.adapter.name, self.merged.name}
         return all(entry.name in known or entry.name.startswith("checkpoint-") for entry in self.path.iterdir())
 
-    def create(self, resolved: dict[str, Any], *, resume: bool) -> None:
-        """Make the folder and write resolved_config.json (rank 0 only). An old run's files go, unless it resumes."""
+    def create(self, resolved: dict[str, Any], *, resume: str | None) -> None:
+        """Make the folder and write resolved_config.json (rank 0 only). An old run's files go, unless it goes on."""
         try:
-            if self.path.exists() and not resume:
+            if self.path.exists() and not self.goes_on(resume):
                 for entry in (self.resolved_config, self.metrics, self.adapter, self.merged):
                     _remove(entry)
                 for entry in self.path.glob("checkpoint-*"):

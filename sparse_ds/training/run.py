@@ -11,6 +11,7 @@ merge     merged/ by rank 0 alone: nobody waits in a collective while files are 
 from __future__ import annotations
 
 import logging
+import math
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,10 +19,10 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoTokenizer, PrinterCallback
+from transformers import PrinterCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from sparse_ds.checkpoint.folder import Checkpoint, check_identity, find_checkpoint
+from sparse_ds.checkpoint.folder import Checkpoint, check_identity, find_checkpoint, remove_checkpoints_after
 from sparse_ds.config import RunConfig, UserError
 from sparse_ds.data import DataBundle, SamplePrompt, build_datasets
 from sparse_ds.distributed import process_group
@@ -30,6 +31,8 @@ from sparse_ds.distributed.zero3_partitions import MasterWeights, all_reduce_max
 from sparse_ds.drop_grow.event import EventRecord
 from sparse_ds.export.merged import merge_adapter
 from sparse_ds.model.base_checkpoint import BaseCheckpoint, find_base_model
+from sparse_ds.model.build import read_architecture
+from sparse_ds.model.tokenizer import load_tokenizer
 from sparse_ds.monitor.memory import memory_gib
 from sparse_ds.monitor.metrics_log import MetricsLog, drop_records_after
 from sparse_ds.monitor.report import run_table
@@ -74,7 +77,7 @@ def run(config: RunConfig, launch: LaunchEnvironment, device_type: str) -> None:
         UserError: anything wrong with what the user gave, before training starts.
     """
     output = OutputFolder(config.train.output_dir)
-    output.check(overwrite=config.train.overwrite, resume=config.checkpoint.resume is not None)
+    output.check(overwrite=config.train.overwrite, resume=config.checkpoint.resume)
     base_folder = find_base_model(config.model.name_or_path, config.model.revision)
     transformers.utils.logging.set_verbosity_error()
     process_group.start(device_type)
@@ -129,7 +132,8 @@ class _Training:
         with process_group.agreement("reading the data"):
             plan = config.batch_plan(self.launch.world_size)
             checkpoint = BaseCheckpoint(self.base_folder)
-            self.tokenizer = AutoTokenizer.from_pretrained(self.base_folder)
+            read_architecture(checkpoint)
+            self.tokenizer = load_tokenizer(self.base_folder)
             self.data: DataBundle = build_datasets(
                 config.data,
                 self.tokenizer,
@@ -139,12 +143,14 @@ class _Training:
             sampler = GlobalOrderSampler(len(self.data.train), plan.global_batch_size, config.train.seed)
         self.prepared: PreparedModel = prepare_model(config, checkpoint, self.device)
         identity = run_identity(config, checkpoint, self.prepared)
-        self.resumed = self._find_resumed(identity)
+        self.resumed = self._find_resumed(identity, len(sampler) // plan.global_batch_size)
         with process_group.agreement("making the output folder"):
             if self.is_main:
-                self.output.create(config.to_dict(), resume=self.resumed is not None)
+                self.output.create(config.to_dict(), resume=config.checkpoint.resume)
                 if self.resumed is not None:
+                    # In a folder of its own there is nothing of the kind.
                     drop_records_after(self.output.metrics, self.resumed.index.step)
+                    remove_checkpoints_after(self.output.path, self.resumed.index.step)
         self.log = MetricsLog(self.output.metrics, enabled=self.is_main)
         self.trainer = self._make_trainer(sampler)
         self.checkpoints = RunCheckpoints(config, identity, self.output.path, self.trainer, self.prepared, self.device)
@@ -198,33 +204,34 @@ class _Training:
             self.trainer.add_callback(events)
         prompt = self.data.sample_prompts[0] if self.data.sample_prompts else None
         if self.resumed is not None:
-            self._go_on(self.resumed, prompt, total_steps)
+            self._go_on(self.resumed, prompt)
             return
         if self.data.eval is not None:
             self.heldout_before = self.trainer.evaluate()["eval_loss"]
         if prompt is not None:
             self.answers = _Answers(prompt, before=self._answer(prompt))
 
-    def _find_resumed(self, identity: dict[str, Any]) -> Checkpoint | None:
+    def _find_resumed(self, identity: dict[str, Any], steps_per_epoch: int) -> Checkpoint | None:
         """The checkpoint to go on from, checked on every rank; None for a run from the start."""
-        wanted = self.config.checkpoint.resume
+        wanted, train = self.config.checkpoint.resume, self.config.train
         if wanted is None:
             return None
+        total_steps = math.ceil(train.num_epochs * steps_per_epoch) if train.max_steps is None else train.max_steps
         with process_group.agreement("reading the checkpoint"):
             checkpoint, problems = find_checkpoint(self.output.path, wanted)
             check_identity(checkpoint.index.identity, identity, checkpoint.folder)
+            if checkpoint.index.step >= total_steps:
+                raise UserError(
+                    f"checkpoint.resume: {checkpoint.folder} is of step {checkpoint.index.step} and the run has "
+                    f"{total_steps} steps: nothing is left to train. Raise train.max_steps (or train.num_epochs), or "
+                    "start anew with `--set train.overwrite=true`."
+                )
         for problem in problems:
             logger.warning("passed over: %s", problem)
         logger.info("going on from %s (step %d)", checkpoint.folder, checkpoint.index.step)
         return checkpoint
 
-    def _go_on(self, checkpoint: Checkpoint, prompt: SamplePrompt | None, total_steps: int) -> None:
-        if checkpoint.index.step >= total_steps:
-            raise UserError(
-                f"checkpoint.resume: {checkpoint.folder} is of step {checkpoint.index.step} and the run has "
-                f"{total_steps} steps: nothing is left to train. Raise train.max_steps (or train.num_epochs), or start "
-                "anew with `--set train.overwrite=true`."
-            )
+    def _go_on(self, checkpoint: Checkpoint, prompt: SamplePrompt | None) -> None:
         self.checkpoints.restore(self.master, checkpoint)
         self.trainer.release_gathered()
         state = checkpoint.index.run_state
