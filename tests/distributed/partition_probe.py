@@ -6,12 +6,14 @@ import gc
 import hashlib
 import math
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sparse_ds.config.schema import RunConfig
@@ -23,6 +25,8 @@ from sparse_ds.training import run as run_module
 from sparse_ds.training.trainer import SparseTrainer
 
 OPTIMIZER_STATES = ("exp_avg",)
+SMALLEST_COMPARED_BYTES = 256
+"""A full tensor of fewer bytes (a second-level statistic of two numbers) is as large as many a scalar."""
 
 
 @dataclass
@@ -35,7 +39,11 @@ class ProbeReport:
     """Moments within steps at which the gathered parameters were counted."""
     num_backward_samples: int = 0
     max_gathered_elements: int = 0
-    total_elements: int = 0
+    largest_tensor_elements: int = 0
+    largest_layer_elements: int = 0
+    """All parameters of one module, which DeepSpeed gathers together."""
+    block_elements: int = 0
+    """All parameters of one transformer block."""
     base_before: str = ""
     base_after: str = ""
     num_changed_values: int = 0
@@ -89,7 +97,10 @@ class PartitionProbe(TrainerCallback):
         self._zero = trainer.deepspeed.optimizer
         self._names = {parameter: name for name, parameter in self._model.named_parameters()}
         self._world_size = process_group.world_size()
-        report.total_elements = sum(p.ds_numel for p in self._names)
+        modules = [_num_elements(module.parameters(recurse=False)) for module in self._model.modules()]
+        report.largest_tensor_elements = max(p.ds_numel for p in self._names)
+        report.largest_layer_elements = max(modules)
+        report.block_elements = _num_elements(self._model.model.layers[0].parameters())
         report.checkpointed = self._model.is_gradient_checkpointing
         for module in self._model.modules():
             module.register_forward_pre_hook(self._count_gathered)
@@ -108,7 +119,8 @@ class PartitionProbe(TrainerCallback):
         layer.merged_weight = counted  # type: ignore[method-assign]
 
     def _count_gathered(self, *hook_arguments: Any) -> None:
-        gathered = sum(p.ds_numel for p in self._names if p.ds_status.name != "NOT_AVAILABLE")
+        # A tensor on its way has its buffer already.
+        gathered = _num_elements(p for p in self._names if p.ds_status.name != "NOT_AVAILABLE")
         self._report.max_gathered_elements = max(self._report.max_gathered_elements, gathered)
         self._report.num_samples += 1
 
@@ -133,7 +145,8 @@ class PartitionProbe(TrainerCallback):
                 continue
             described = f"{where}: an unknown {tensor.dtype} tensor {tuple(tensor.shape)} of {storage.nbytes()} bytes"
             assert storage.nbytes() < smallest_matrix, f"{described} is as large as a full matrix"
-            assert storage.nbytes() not in full_sizes, f"{described} has the size of a full tensor"
+            is_like_full = storage.nbytes() >= SMALLEST_COMPARED_BYTES and storage.nbytes() in full_sizes
+            assert not is_like_full, f"{described} has the size of a full tensor"
         self._report.checks.append(where)
 
     def _known_storages(self, where: str) -> set[int]:
@@ -152,9 +165,10 @@ class PartitionProbe(TrainerCallback):
         assert sum(tensor.numel() for tensor in states) == len(OPTIMIZER_STATES) * trained_elements, f"{where}: state"
         gradients = self._zero.grad_partitions_flat_buffer
         assert gradients.numel() == trained_elements, f"{where}: gradients"
-        if isinstance(optimizer, SparseSM3):
-            shapes = [m.layout.num_rows + m.layout.num_cols for m in self._model.modules() if isinstance(m, SparseLinear)]
-            assert optimizer.accumulators.numel() == optimizer.pending_accumulators.numel() == sum(shapes)
+        assert isinstance(optimizer, SparseSM3)
+        layouts = [module.layout for module in self._model.modules() if isinstance(module, SparseLinear)]
+        num_accumulators = sum(layout.num_rows + layout.num_cols for layout in layouts)
+        assert optimizer.accumulators.numel() == optimizer.pending_accumulators.numel() == num_accumulators
         buckets = [bucket.buffer for bucket in self._zero.ipg_buckets.values() if bucket.buffer is not None]
         assert sum(bucket.numel() for bucket in buckets) == self._zero.reduce_bucket_size
         others = [*flats, *states, gradients, optimizer.accumulators, optimizer.pending_accumulators, *buckets]
@@ -174,6 +188,10 @@ class PartitionProbe(TrainerCallback):
         return math.ceil(parameter.ds_numel / self._world_size)
 
 
+def _num_elements(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(parameter.ds_numel for parameter in parameters)
+
+
 def hash_base(model: nn.Module) -> str:
     """sha256 over every byte of this rank's partitions of the frozen base (all but indices and values)."""
     digest = hashlib.sha256()
@@ -185,5 +203,6 @@ def hash_base(model: nn.Module) -> str:
 
 
 def _live_tensors() -> list[torch.Tensor]:
-    # `type`, not isinstance: that would run the properties of proxy objects.
-    return [found for found in gc.get_objects() if issubclass(type(found), torch.Tensor)]
+    # `type`, not isinstance: that would run the properties of proxy objects. A FakeTensor has no storage.
+    kinds = ((found, type(found)) for found in gc.get_objects())
+    return [found for found, kind in kinds if issubclass(kind, torch.Tensor) and not issubclass(kind, FakeTensor)]

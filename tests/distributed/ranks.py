@@ -12,6 +12,7 @@ import os
 import socket
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
@@ -54,7 +55,8 @@ def run_ranks(
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
         }
-        process = context.Process(target=_rank_main, args=(environment, sender, join_group, function, args), daemon=True)
+        arguments = (environment, sender, join_group, function, args)
+        process = context.Process(target=_rank_main, args=arguments, daemon=True)
         process.start()
         sender.close()
         receivers[receiver] = rank
@@ -104,9 +106,15 @@ def _collect(receivers: dict[Connection, int], deadline: float) -> tuple[dict[in
 
 
 def _rank_main(
-    environment: dict[str, str], sender: Connection, join_group: bool, function: Callable[..., Any], args: tuple[Any, ...]
+    environment: dict[str, str],
+    sender: Connection,
+    join_group: bool,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
 ) -> None:
     os.environ.update(environment)
+    # DeepSpeed calls collectives by names that torch has begun to rename.
+    warnings.filterwarnings("ignore", category=FutureWarning, message=".*torch.distributed.*is deprecated")
     import torch
 
     from sparse_ds.distributed import process_group

@@ -10,7 +10,7 @@ is trained (deltas, accumulators, momentum) is fp64, so that the oracle has no r
     learning rate          step t = 1 .. T, s = t - 1, w = ceil(T * warm-up fraction):
                            peak * s / w while s < w, then peak * (T - s) / (T - w)
     clipping               all active gradients / max(1, (their common 2-norm + 1e-6) / max_grad_norm)
-    SM3                    nu = min(R_r, C_c) + g^2;  u = g / sqrt(nu + 1e-8);  m = beta m + (1 - beta) u
+    SM3                    nu = min(R_r, C_c) + g^2;  u = g / sqrt(nu + eps);  m = beta m + (1 - beta) u
                            w <- w - lr m - lr decay w;  R_r = max(R_r, nu in its row);  C_c = max(C_c, nu in its column)
     events                 after steps gamma, gamma + S, ...: k = K at the first, then floor(alpha (1 - t / T) K)
     drop                   the k active weights of smallest (|delta|, index)
@@ -44,8 +44,11 @@ class Settings:
     learning_rate: float
     weight_decay: float
     momentum: float
+    eps: float | None
+    """None: 1e-8."""
     max_grad_norm: float
     warmup_fraction: float
+    eval_interval_steps: int
     seed: int
 
 
@@ -55,6 +58,7 @@ class Trace:
 
     losses: list[float] = field(default_factory=list)
     grad_norms: list[float] = field(default_factory=list)
+    learning_rates: list[float] = field(default_factory=list)
     event_hashes: dict[int, str] = field(default_factory=dict)
     num_replaced: dict[int, int] = field(default_factory=dict)
     gaps: list[float] = field(default_factory=list)
@@ -63,6 +67,7 @@ class Trace:
     num_tied: int = 0
     """Decisions that exact ties at the threshold left to the order of the indices."""
     heldout_losses: list[float] = field(default_factory=list)
+    """At the start, every `eval_interval_steps` (after the step's event, if it has one) and at the end."""
 
 
 class Target:
@@ -89,7 +94,7 @@ class Target:
 
     def sm3_step(self, grad: Tensor, lr: float, settings: Settings) -> None:
         nu = torch.minimum(self.row_max[:, None], self.col_max[None, :]) + grad.square()
-        update = grad / torch.sqrt(nu + 1e-8)
+        update = grad / torch.sqrt(nu + (1e-8 if settings.eps is None else settings.eps))
         self.exp_avg = settings.momentum * self.exp_avg + (1 - settings.momentum) * update
         stepped = self.delta - lr * self.exp_avg - lr * settings.weight_decay * self.delta
         self.delta = torch.where(self.active, stepped, 0.0)
@@ -152,12 +157,12 @@ class DenseOracle:
             start = (step - 1) * settings.global_batch_size
             samples = [self.train[i] for i in order[start : start + settings.global_batch_size]]
             self._train_step(step, samples, trace)
-            k_of = {name: self._num_to_replace(step, target) for name, target in self.targets.items()}
             if (step - settings.estimation_steps) % settings.interval_steps == 0 and step >= settings.estimation_steps:
-                replaced = [target.drop_and_grow(k_of[name], trace) for name, target in self.targets.items()]
+                replaced = [t.drop_and_grow(self._num_to_replace(step, t), trace) for t in self.targets.values()]
                 trace.num_replaced[step] = sum(replaced)
                 trace.event_hashes[step] = self._index_hash()
-        trace.heldout_losses.append(self._heldout_loss())
+            if step % settings.eval_interval_steps == 0 or step == settings.total_steps:
+                trace.heldout_losses.append(self._heldout_loss())
         return trace
 
     def _order_of_samples(self) -> list[int]:
@@ -186,6 +191,7 @@ class DenseOracle:
             target.sm3_step(grads[name] / divisor, self._learning_rate(step), settings)
         trace.losses.append(loss)
         trace.grad_norms.append(norm)
+        trace.learning_rates.append(self._learning_rate(step))
 
     def _learning_rate(self, step: int) -> float:
         settings, done = self.settings, step - 1

@@ -1,7 +1,8 @@
 """Real runs (DeepSpeed ZeRO-3, Trainer, data pipeline) against an independent oracle on full matrices, in fp32.
 
-The initial random indices are an input here, not under test: the oracle takes them from `random_subset`. Everything else
-it computes by itself (`dense_oracle`).
+The initial random indices are an input here, not under test: the oracle takes them from `random_subset`. Everything
+else it computes by itself (`dense_oracle`). Evaluations fall on steps before, with and after events: an event must
+reach parameters that an evaluation has left gathered, and an evaluation must see what an event has changed.
 """
 
 from __future__ import annotations
@@ -32,18 +33,18 @@ from transformers import LlamaForCausalLM
 
 from sparse_ds.selection.random_subset import random_subset
 
-SEED = 3
-# 44 of 32 x 32, 22 of 16 x 32 and 61 of 45 x 32 and of 32 x 45 weights.
+SEED = 8
+# 49 of the 32 x 36, 24 of the 16 x 36 and 71 of the 46 x 36 weights of a matrix.
 DENSITY = 0.043
 
 LOSS_TOLERANCE = 1e-5
 # A run in fp32 against fp64: some roundings of 6e-8 in each gradient, which SM3 divides by a root that has the same.
 VALUE_RTOL = 1e-5
-# Values near 0 are sums of terms of up to learning_rate = 0.02, and cancel.
+# Values near 0 are sums of terms of up to the learning rate (0.05 and 0.1), and cancel: 1e-7 was measured.
 VALUE_ATOL = 1e-6
 # Two right implementations may choose differently where two scores are closer than their rounding. Here none is: the
-# smallest relative distance at any decision must be above what values and scores of the two differ by.
-MIN_GAP = 2e-5
+# smallest relative distance at any decision must be far above what values and scores of the two differ by (1e-5 or less).
+MIN_GAP = 3e-4
 
 PLAIN = Settings(
     total_steps=40,
@@ -54,8 +55,10 @@ PLAIN = Settings(
     learning_rate=0.05,
     weight_decay=0.3,
     momentum=0.0,
+    eps=None,
     max_grad_norm=0.8,
     warmup_fraction=0.1,
+    eval_interval_steps=3,
     seed=SEED,
 )
 NF4 = Settings(
@@ -67,8 +70,10 @@ NF4 = Settings(
     learning_rate=0.1,
     weight_decay=0.3,
     momentum=0.9,
-    max_grad_norm=0.8,
+    eps=1e-5,
+    max_grad_norm=0.9,
     warmup_fraction=0.1,
+    eval_interval_steps=4,
     seed=SEED,
 )
 
@@ -92,6 +97,7 @@ def run_config(folder: Path, settings: Settings, data: str, *, quantization: str
             "learning_rate": settings.learning_rate,
             "weight_decay": settings.weight_decay,
             "momentum": settings.momentum,
+            "eps": settings.eps,
             "max_grad_norm": settings.max_grad_norm,
             "schedule": "linear",
             "warmup_fraction": settings.warmup_fraction,
@@ -100,6 +106,7 @@ def run_config(folder: Path, settings: Settings, data: str, *, quantization: str
             "max_steps": settings.total_steps,
             "micro_batch_size": 1,
             "global_batch_size": settings.global_batch_size,
+            "eval_interval_steps": settings.eval_interval_steps,
             "seed": settings.seed,
             "device": "cpu",
             "cpu_threads": 1,
@@ -143,12 +150,15 @@ def runs(material: Material) -> dict[str, FinishedRun]:
     plain = run_config(material.folder, PLAIN, "texts", quantization="none")
     checkpointing = copy.deepcopy(plain)
     checkpointing["train"]["gradient_checkpointing"] = True
+    # Small parameters (24 and 49 values) then stay gathered: events must reach them too.
+    two_ranks = copy.deepcopy(plain)
+    two_ranks["deepspeed"] = {"zero_optimization": {"stage3_param_persistence_threshold": 60}}
     nf4 = run_config(material.folder, NF4, "prompts", quantization="nf4")
     folder = material.folder
     return train_all(
         {
             "4 ranks": partial(train, plain, 4, folder / "four"),
-            "2 ranks": partial(train, plain, 2, folder / "two"),
+            "2 ranks": partial(train, two_ranks, 2, folder / "two"),
             "1 rank": partial(train, plain, 1, folder / "one"),
             "checkpointing": partial(train, checkpointing, 1, folder / "checkpointing"),
             "nf4": partial(train, nf4, 1, folder / "nf4"),
@@ -207,7 +217,7 @@ def test_the_comparison_means_something(name: str, request: pytest.FixtureReques
     assert all(count > 0 for count in trace.num_replaced.values())
     clipped = sum(norm > settings.max_grad_norm for norm in trace.grad_norms)
     assert 0 < clipped < settings.total_steps
-    assert trace.heldout_losses[0] - trace.heldout_losses[1] > 0.05, "the run must have moved"
+    assert trace.heldout_losses[0] - trace.heldout_losses[-1] > 0.05, "the run must have moved"
     assert max(float(target.delta.abs().max()) for target in oracle.targets.values()) > settings.learning_rate
 
 
@@ -221,6 +231,7 @@ def test_one_rank_follows_the_dense_oracle(
     assert len(result.steps("loss")) == settings.total_steps
     assert largest_difference(result.steps("loss"), trace.losses) < LOSS_TOLERANCE
     assert largest_difference(result.heldout_losses, trace.heldout_losses) < LOSS_TOLERANCE
+    assert largest_difference(result.steps("lr"), trace.learning_rates) < 1e-12
     torch.testing.assert_close(
         torch.tensor(result.steps("grad_norm")), torch.tensor(trace.grad_norms), rtol=1e-5, atol=0.0
     )
@@ -235,10 +246,14 @@ def test_one_rank_follows_the_dense_oracle(
 
 @pytest.mark.parametrize("run", ["2 ranks", "4 ranks"])
 def test_the_number_of_ranks_changes_nothing_but_rounding(run: str, runs: dict[str, FinishedRun]) -> None:
-    """With the same global batch; that all ranks of a run agree at every event is asserted by the run itself."""
+    """With the same global batch; that all ranks of a run agree at every event is asserted by the run itself.
+
+    The order of sums differs, by far too little for another choice (`MIN_GAP`), so losses keep the oracle's tolerance.
+    """
     one, several = runs["1 rank"], runs[run]
-    assert largest_difference(several.steps("loss"), one.steps("loss")) < 1e-3
-    assert largest_difference(several.heldout_losses, one.heldout_losses) < 1e-3
+    assert largest_difference(several.steps("loss"), one.steps("loss")) < LOSS_TOLERANCE
+    assert largest_difference(several.steps("grad_norm"), one.steps("grad_norm")) < 1e-4
+    assert largest_difference(several.heldout_losses, one.heldout_losses) < LOSS_TOLERANCE
     assert several.event_hashes.keys() == one.event_hashes.keys()
     assert index_overlap(several, one) >= 0.995
 

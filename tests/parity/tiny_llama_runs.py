@@ -1,7 +1,7 @@
 """A tiny random Llama, its tokenizer, its data, and runs of `launcher/train.py` on them.
 
-Sizes are chosen to be awkward: no matrix has a number of active weights that 4 divides (22, 61) but one (44), grouped
-queries, biases in the attention, NF4 blocks that end in the middle of a matrix, an epoch that is no whole number of steps.
+Sizes are chosen to be awkward: numbers of active weights that 2 does not divide, grouped queries, biases in the
+attention, an NF4 block that ends with its matrix before it is full, an epoch that is no whole number of steps.
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ def save_tiny_llama(folder: Path, *, seed: int) -> None:
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=FIRST_WORD + NUM_WORDS,
-        hidden_size=32,
-        intermediate_size=45,
+        hidden_size=36,
+        intermediate_size=46,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,

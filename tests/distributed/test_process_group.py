@@ -1,0 +1,72 @@
+"""Ranks end together: a mistake on some of them becomes the same error on all."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from ranks import run_ranks
+
+from sparse_ds.config.errors import UserError
+from sparse_ds.distributed import process_group
+from sparse_ds.distributed.process_group import agreement, rank, world_size
+from sparse_ds.distributed.zero3_partitions import require_equal
+
+
+def error_of_agreement(error: Exception | None) -> tuple[str, str]:
+    """(type, message) of what leaves an agreement whose body raised `error` on this rank."""
+    try:
+        with agreement("reading the data"):
+            if error is not None:
+                raise error
+    except Exception as raised:
+        return type(raised).__name__, str(raised)
+    return "none", ""
+
+
+def check_agreements() -> dict[str, object]:
+    is_last = rank() == world_size() - 1
+    results: dict[str, object] = {
+        "nobody": error_of_agreement(None),
+        "user error of one": error_of_agreement(UserError("data.train: empty") if is_last else None),
+        "file error of one": error_of_agreement(PermissionError("no access") if is_last else None),
+        "defect of one": error_of_agreement(KeyError("name") if is_last else None),
+        "user error of all": error_of_agreement(UserError(f"data.train: empty on {rank()}")),
+        "local world size": os.environ["LOCAL_WORLD_SIZE"],
+    }
+    require_equal("same", "the digest")
+    try:
+        require_equal("other" if is_last else "same", "the set of active weights")
+    except RuntimeError as raised:
+        results["unequal"] = str(raised)
+    # Still in step: a further collective works after every failure above.
+    require_equal("same", "the digest")
+    return results
+
+
+def test_a_mistake_on_one_rank_ends_all_ranks() -> None:
+    reports = run_ranks(3, check_agreements)
+    for index, report in enumerate(reports):
+        assert report["nobody"] == ("none", "")
+        assert report["user error of one"] == ("UserError", "data.train: empty (on rank 2, 1 of 3 ranks)")
+        assert report["file error of one"] == ("UserError", "no access (on rank 2, 1 of 3 ranks)")
+        kind, message = report["defect of one"]
+        assert kind == "RuntimeError"
+        assert message == "reading the data failed (on rank 2, 1 of 3 ranks): KeyError: 'name'"
+        assert report["user error of all"] == ("UserError", f"data.train: empty on {index}")
+        assert report["local world size"] == "3"
+        expected = "the set of active weights differs between ranks: rank 0 has same, ranks [2] have other values"
+        assert report["unequal"].startswith(expected)
+
+
+def test_one_rank_agrees_with_itself() -> None:
+    (report,) = run_ranks(1, check_agreements)
+    assert report["user error of one"] == ("UserError", "data.train: empty")
+    assert "unequal" not in report
+
+
+def test_without_a_process_group_there_is_one_rank() -> None:
+    assert (rank(), world_size()) == (0, 1)
+    with pytest.raises(UserError, match="no rank"), agreement("reading"):
+        raise UserError("no rank")
+    process_group.stop()

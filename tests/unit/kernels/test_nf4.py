@@ -1,0 +1,66 @@
+"""Our flat NF4 tensors hold what bitsandbytes' own state object holds."""
+
+from __future__ import annotations
+
+import bitsandbytes.functional as bnb
+import pytest
+import torch
+
+from sparse_ds.kernels.nf4 import dequantize_nf4, nf4_sizes, quantize_nf4
+
+SHAPES = [(1, 1), (1, 2), (3, 7), (5, 13), (8, 8), (64, 64), (33, 129), (130, 127)]
+"""Odd numbers of weights, part blocks of 64, and (130 x 127) more than one second-level block of 256 scales."""
+
+
+@pytest.mark.parametrize("double_quantization", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_equals_direct_bitsandbytes(shape: tuple[int, int], dtype: torch.dtype, double_quantization: bool) -> None:
+    weight = (torch.randn(shape, generator=torch.Generator().manual_seed(1)) / 20).to(dtype)
+    quantized = quantize_nf4(weight, double_quantization=double_quantization)
+    packed, state = bnb.quantize_4bit(weight, blocksize=64, compress_statistics=double_quantization, quant_type="nf4")
+    assert torch.equal(quantized.packed, packed.view(-1))
+    # bitsandbytes transposes a matrix of one packed byte (1 x 2); its elements are in the same order.
+    expected = bnb.dequantize_4bit(packed, state).reshape(shape)
+    result = dequantize_nf4(quantized.packed, quantized.absmax, quantized.nested_statistics, shape=shape, dtype=dtype)
+    assert result.dtype == dtype and result.shape == torch.Size(shape) and result.is_contiguous()
+    assert torch.equal(result, expected)
+    assert result.data_ptr() != weight.data_ptr()
+
+
+@pytest.mark.parametrize("double_quantization", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_stored_tensors_have_the_announced_sizes_and_dtypes(shape: tuple[int, int], double_quantization: bool) -> None:
+    quantized = quantize_nf4(torch.randn(shape), double_quantization=double_quantization)
+    sizes = nf4_sizes(shape[0] * shape[1])
+    assert quantized.packed.shape == (sizes.packed,) and quantized.packed.dtype == torch.uint8
+    assert quantized.absmax.shape == (sizes.absmax,)
+    assert quantized.absmax.dtype == (torch.uint8 if double_quantization else torch.float32)
+    if double_quantization:
+        assert quantized.nested_statistics is not None
+        assert quantized.nested_statistics.shape == (sizes.nested_statistics,)
+        assert quantized.nested_statistics.dtype == torch.float32
+    else:
+        assert quantized.nested_statistics is None
+    assert quantized.shape == shape and quantized.dtype == torch.float32
+
+
+@pytest.mark.parametrize("double_quantization", [False, True])
+def test_a_copy_of_the_tensors_is_enough(double_quantization: bool) -> None:
+    """Nothing hides in objects: tensors that went through bytes (as ZeRO-3 gathers them) give the same weight."""
+    weight = torch.randn(37, 71).bfloat16()
+    quantized = quantize_nf4(weight, double_quantization=double_quantization)
+    stored = [quantized.packed, quantized.absmax, quantized.nested_statistics]
+    copies = [None if t is None else t.view(torch.uint8).clone().view(t.dtype) for t in stored]
+    first = dequantize_nf4(*stored, shape=quantized.shape, dtype=quantized.dtype)
+    assert torch.equal(dequantize_nf4(*copies, shape=quantized.shape, dtype=quantized.dtype), first)
+    # The widest gap between the 16 codes is 0.304 of the block's largest weight, so the error is half of it; the
+    # second level adds 8-bit errors of the scale.
+    largest = weight.float().abs().max()
+    assert float((first.float() - weight.float()).abs().max()) <= 0.17 * largest
+
+
+def test_a_weight_that_is_not_contiguous_is_quantized_as_it_looks() -> None:
+    weight = torch.randn(12, 20).t()
+    direct = quantize_nf4(weight.contiguous(), double_quantization=False)
+    assert torch.equal(quantize_nf4(weight, double_quantization=False).packed, direct.packed)

@@ -1,0 +1,175 @@
+"""Building the model: equal to transformers' own before training, and every defect of the base said in words."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoint_doubles import MakeCheckpoint
+from torch import Tensor
+from transformers import LlamaForCausalLM, PreTrainedModel
+
+from sparse_ds.config.errors import UserError
+from sparse_ds.kernels.nf4 import dequantize_nf4, quantize_nf4
+from sparse_ds.model.base_checkpoint import BaseCheckpoint
+from sparse_ds.model.build import (
+    BaseSettings,
+    SparseSettings,
+    build_dense_model,
+    build_sparse_model,
+    empty_model,
+    plan_layouts,
+)
+from sparse_ds.selection.random_subset import random_subset
+from sparse_ds.sparse.sparse_linear import SparseLinear
+
+FP32 = BaseSettings(dtype=torch.float32, nf4=False, double_quantization=False, attention="eager")
+ALL = SparseSettings("all-linear", density=0.1, seed=3)
+TOKENS = torch.arange(14).view(2, 7)
+UP = "model.layers.1.mlp.up_proj"
+NORM = "model.norm.weight"
+
+
+def build(folder: Path, whole: Any, base: BaseSettings = FP32, sparse: SparseSettings = ALL) -> PreTrainedModel:
+    checkpoint = BaseCheckpoint(folder)
+    model = empty_model(checkpoint, base)
+    layouts = plan_layouts(model, sparse)
+    build_sparse_model(checkpoint, model, layouts, base, sparse.seed, whole, torch.device("cpu"))
+    return model
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [{}, {"tie_word_embeddings": True}, {"attention_bias": True, "mlp_bias": True}],
+    ids=["plain", "tied", "biases"],
+)
+def test_before_training_it_is_the_base_model(
+    make_checkpoint: MakeCheckpoint, whole: Any, sizes: dict[str, Any]
+) -> None:
+    folder = make_checkpoint(**sizes)
+    expected = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    model = build(folder, whole)
+    with torch.no_grad():
+        assert torch.equal(model(TOKENS).logits, expected(TOKENS).logits)
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, SparseLinear)}
+    assert len(layers) == 14
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == {f"{name}.values" for name in layers}
+    for name, layer in layers.items():
+        subset = random_subset(layer.layout.num_elements, layer.layout.num_active, seed=3, name=name)
+        assert torch.equal(layer.indices.long(), subset) and layer.indices.dtype == torch.int32
+        assert layer.values.dtype == torch.float32 and not layer.values.any()
+
+
+@pytest.mark.parametrize("double_quantization", [False, True])
+def test_nf4_layers_hold_the_quantized_weight(
+    make_checkpoint: MakeCheckpoint, whole: Any, double_quantization: bool
+) -> None:
+    folder = make_checkpoint()
+    base = BaseSettings(torch.bfloat16, nf4=True, double_quantization=double_quantization, attention="sdpa")
+    model = build(folder, whole, base, SparseSettings(["up_proj"], density=0.1, seed=0))
+    layer = model.get_submodule(UP)
+    assert isinstance(layer, SparseLinear) and layer.weight is None
+    quantized = quantize_nf4(BaseCheckpoint(folder).read(f"{UP}.weight"), double_quantization=double_quantization)
+    expected = dequantize_nf4(
+        quantized.packed, quantized.absmax, quantized.nested_statistics, shape=(18, 12), dtype=torch.bfloat16
+    )
+    with torch.no_grad(), layer.merged_weight() as merged:
+        assert torch.equal(merged, expected)
+    assert isinstance(model.get_submodule("model.layers.1.mlp.down_proj"), torch.nn.Linear)
+
+
+def test_full_training_leaves_every_weight_trainable(make_checkpoint: MakeCheckpoint, whole: Any) -> None:
+    folder = make_checkpoint(tie_word_embeddings=True)
+    checkpoint = BaseCheckpoint(folder)
+    model = empty_model(checkpoint, FP32)
+    build_dense_model(checkpoint, model, FP32, whole)
+    expected = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    with torch.no_grad():
+        assert torch.equal(model(TOKENS).logits, expected(TOKENS).logits)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def drop(name: str) -> Callable[[dict[str, Tensor]], Any]:
+    return lambda tensors: tensors.pop(name)
+
+
+def replace(name: str, tensor: Tensor) -> Callable[[dict[str, Tensor]], Any]:
+    return lambda tensors: tensors.update({name: tensor})
+
+
+def spoil(name: str, value: float) -> Callable[[dict[str, Tensor]], Any]:
+    def edit(tensors: dict[str, Tensor]) -> None:
+        tensors[name].view(-1)[-1] = value
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (drop(f"{UP}.weight"), rf"has no tensor '{UP}.weight', which the architecture in its config.json needs"),
+        (drop(NORM), rf"has no tensor '{NORM}'"),
+        (replace(f"{UP}.weight", torch.zeros(12, 18)), r"has shape \(12, 18\), expected \(18, 12\) from config.json"),
+        (replace(NORM, torch.ones(13)), rf"tensor '{NORM}' has shape \(13,\), expected \(12,\)"),
+        (spoil(f"{UP}.weight", math.nan), rf"tensor '{UP}.weight' holds NaN or Inf; the checkpoint is damaged"),
+        (spoil(NORM, -math.inf), rf"tensor '{NORM}' holds NaN or Inf"),
+        (
+            replace(f"{UP}.weight", torch.zeros(18, 12, dtype=torch.int8)),
+            rf"tensor '{UP}.weight' is torch.int8, expected a floating-point weight",
+        ),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused(
+    make_checkpoint: MakeCheckpoint, whole: Any, edit: Callable[[dict[str, Tensor]], Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=f"model.name_or_path: .*{message}"):
+        build(make_checkpoint(edit), whole)
+
+
+def test_a_missing_bias_of_a_target_is_refused(make_checkpoint: MakeCheckpoint, whole: Any) -> None:
+    """config.json says that there is one: going on without it would be another model."""
+    name = "model.layers.0.self_attn.q_proj.bias"
+    with pytest.raises(UserError, match=f"has no tensor '{name}'"):
+        build(make_checkpoint(drop(name), attention_bias=True), whole)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model_type": "gpt2"}, "is a 'gpt2' model; expected one of llama, mistral"),
+        ({"model_type": None}, "is a None model; expected one of llama, mistral"),
+        (
+            {"quantization_config": {"quant_method": "bitsandbytes"}},
+            "is already quantized .* give the 16-bit checkpoint",
+        ),
+        ({"hidden_size": "large"}, r"transformers cannot make a model from .*config.json \("),
+        ({"num_attention_heads": 0}, r"transformers cannot make a model from .*config.json \("),
+    ],
+)
+def test_an_architecture_that_cannot_be_trained_is_refused(
+    make_checkpoint: MakeCheckpoint, config: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=f"model.name_or_path: .*{message}"):
+        empty_model(BaseCheckpoint(make_checkpoint(config=config)), FP32)
+
+
+def test_a_density_without_a_weight_names_the_layer(make_checkpoint: MakeCheckpoint) -> None:
+    model = empty_model(BaseCheckpoint(make_checkpoint()), FP32)
+    with pytest.raises(UserError) as caught:
+        plan_layouts(model, SparseSettings(["k_proj", "up_proj"], density=0.01, seed=0))
+    assert str(caught.value) == (
+        "method.density: 0.01 of the 72 weights of model.layers.0.self_attn.k_proj is less than one weight; expected a "
+        "density of at least 0.014 for this layer."
+    )
+
+
+def test_layouts_have_the_shapes_of_the_model(make_checkpoint: MakeCheckpoint) -> None:
+    model = empty_model(BaseCheckpoint(make_checkpoint()), FP32)
+    layouts = plan_layouts(model, SparseSettings(["k_proj", "down_proj"], density=0.25, seed=0))
+    assert [(x.num_rows, x.num_cols, x.num_active) for x in layouts.values()] == [(6, 12, 18), (12, 18, 54)] * 2
+    assert not any(buffer.is_meta for buffer in model.buffers()) and all(p.is_meta for p in model.parameters())

@@ -1,0 +1,57 @@
+"""Flat indices to rows and columns."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+
+from sparse_ds.sparse.layout import SparseLayout, num_active_weights
+
+
+def test_rows_and_columns_rebuild_the_indices() -> None:
+    layout = SparseLayout(7, 5, 35)
+    indices = torch.arange(35, dtype=torch.int32)
+    rows, cols = layout.rows_of(indices), layout.cols_of(indices)
+    assert rows.dtype == cols.dtype == torch.int32
+    assert torch.equal(rows * 5 + cols, indices)
+    assert torch.equal(torch.zeros(7, 5).index_put((rows.long(), cols.long()), torch.ones(())), torch.ones(7, 5))
+
+
+@pytest.mark.parametrize(("num_rows", "dtype"), [(2**16, torch.int64), (2**16 - 1, torch.int32)])
+def test_indices_are_64_bit_from_2_to_the_31_weights(num_rows: int, dtype: torch.dtype) -> None:
+    assert SparseLayout(num_rows, 2**15, 1).index_dtype == dtype
+
+
+@pytest.mark.parametrize("rows_per_block", [1, 2, 3, 7, 100])
+def test_boundaries_cut_the_indices_by_blocks_of_rows(rows_per_block: int) -> None:
+    layout = SparseLayout(7, 5, 6)
+    indices = torch.tensor([0, 4, 5, 17, 18, 34], dtype=torch.int32)
+    boundaries = layout.row_boundaries(indices, rows_per_block)
+    blocks = [indices[begin:end].tolist() for begin, end in pairwise(boundaries)]
+    expected = [
+        [i for i in indices.tolist() if first <= i // 5 < first + rows_per_block]
+        for first in range(0, 7, rows_per_block)
+    ]
+    assert blocks == expected
+
+
+def test_boundaries_of_no_indices() -> None:
+    assert SparseLayout(4, 3, 0).row_boundaries(torch.empty(0, dtype=torch.int32), 3) == [0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("density", "num_elements", "expected"),
+    [
+        (0.29, 100, 29),
+        (0.1, 10, 1),
+        (0.07, 100, 7),
+        (1.0, 13, 13),
+        (1e-05, 99_999, 0),
+        (1e-05, 100_000, 1),
+        (0.5, 3, 1),
+    ],
+)
+def test_number_of_active_weights_is_exact_for_the_decimal(density: float, num_elements: int, expected: int) -> None:
+    assert num_active_weights(density, num_elements) == expected
