@@ -119,7 +119,7 @@ def plan_layouts(model: nn.Module, sparse: SparseSettings) -> dict[str, SparseLa
         if num_active == 0:
             raise UserError(
                 f"method.density: {sparse.density} of the {num_elements} weights of {name} is less than one weight; "
-                f"expected a density of at least {1 / num_elements:.2g} for this layer."
+                f"expected a density of at least {1.01 / num_elements:.3g} for this layer."
             )
         layouts[name] = SparseLayout(linear.out_features, linear.in_features, num_active)
     return layouts

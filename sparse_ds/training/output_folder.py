@@ -58,8 +58,8 @@ class OutputFolder:
         holds_run = self.resolved_config.exists() or self.metrics.exists()
         if overwrite and self.goes_on(resume):
             raise UserError(
-                f"train.overwrite: got true (begin anew in {self.path}) together with checkpoint.resume {resume}, which "
-                "would be deleted. Choose one of the two, or another train.output_dir."
+                f"train.overwrite: got true (begin anew in {self.path}) together with checkpoint.resume {resume}, "
+                "which would be deleted. Choose one of the two, or another train.output_dir."
             )
         if holds_run and not overwrite and not self.goes_on(resume):
             raise UserError(

@@ -20,7 +20,7 @@ WORDS = ["<unk>", "</s>", "the", "of", "is", "number", "list", "dog", "key", "su
 
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a random fp32 Llama with three blocks and a tokenizer of 26 words."""
+    """Folder of a random fp32 Llama with two blocks and a tokenizer of 26 words."""
     folder = tmp_path_factory.mktemp("tiny_base")
     words = Tokenizer(WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="<unk>"))
     words.pre_tokenizer = Whitespace()
@@ -30,7 +30,7 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
         vocab_size=len(WORDS) + 1,
         hidden_size=HIDDEN_SIZE,
         intermediate_size=INTERMEDIATE_SIZE,
-        num_hidden_layers=3,
+        num_hidden_layers=2,
         num_attention_heads=3,
         num_key_value_heads=1,
         head_dim=HEAD_SIZE,

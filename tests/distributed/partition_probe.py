@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import deepspeed
 import pytest
 import torch
 from torch import nn
@@ -35,6 +36,8 @@ class ProbeReport:
 
     checks: list[str] = field(default_factory=list)
     """Where the between-steps contract was checked: "step 1", "evaluation after step 2", ..."""
+    noticed: list[str] = field(default_factory=list)
+    """Breaches of the contract that were staged before the first step and found by the same check."""
     num_samples: int = 0
     """Moments within steps at which the gathered parameters were counted."""
     num_backward_samples: int = 0
@@ -77,6 +80,7 @@ class _InstallLast(TrainerCallback):
     ) -> None:
         probe = PartitionProbe(self._trainer, self._report)
         probe.check("start")
+        probe.stage_breaches()
         self._trainer.add_callback(probe)
 
     def on_train_end(
@@ -148,6 +152,32 @@ class PartitionProbe(TrainerCallback):
             is_like_full = storage.nbytes() >= SMALLEST_COMPARED_BYTES and storage.nbytes() in full_sizes
             assert not is_like_full, f"{described} has the size of a full tensor"
         self._report.checks.append(where)
+
+    def stage_breaches(self) -> None:
+        """Break the contract on purpose, one way at a time: a check that finds nothing would prove nothing."""
+        layer = next(module for module in self._model.modules() if isinstance(module, SparseLinear))
+        matrix = layer.weight if layer.packed is None else layer.packed
+        with deepspeed.zero.GatheredParameters([layer.indices]):
+            self._expect_breach("gathered", "is AVAILABLE")
+        layer.values.grad = torch.zeros(0)
+        self._expect_breach("gradient", "holds a gradient")
+        layer.values.grad = None
+        for what, parameter, message in (
+            ("copy of a matrix", matrix, "is as large as a full matrix"),
+            ("copy of the values", layer.values, "has the size of a full tensor"),
+        ):
+            copy = torch.zeros(parameter.ds_numel, dtype=parameter.dtype)
+            self._expect_breach(what, message)
+            del copy
+
+    def _expect_breach(self, what: str, message: str) -> None:
+        num_checks = len(self._report.checks)
+        try:
+            self.check(what)
+        except AssertionError as error:
+            if message in str(error):
+                self._report.noticed.append(what)
+        del self._report.checks[num_checks:]
 
     def _known_storages(self, where: str) -> set[int]:
         """Data pointers of everything that may be there, each checked to be no larger than partitions are."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,6 +15,9 @@ import torch
 from finished_runs import FinishedRun, index_overlap
 from forks import free_port
 from launches import PROGRAMS, ROOT, TRAIN, Launched, environment_of_user, launch, start, wait
+from short_run import set_words
+
+from sparse_ds.distributed.launch_environment import SLURM_PORT_BASE, SLURM_PORT_RANGE
 
 ACCELERATE_CPU = ROOT / "configs" / "accelerate" / "cpu.yaml"
 NUM_STEPS, EVENT_STEPS = 8, (2, 6)
@@ -25,14 +29,12 @@ SHORT = (
     "monitor.sample_max_tokens=4",
     "train.device=cpu",
 )
-SLURM_PORTS = range(20_000, 32_768)
-"""Ports of srun jobs, below those that the kernel gives to others."""
 ONE_LINE_HINT = "sparse_ds: no GPU here, so `deepspeed` started 1 rank on the CPU; for two ranks: "
 
 
 def arguments_of(output: str, config: str = "zero3_sft_ma.json") -> list[str]:
     settings = [f"train.output_dir={output}", *SHORT]
-    return ["--config", config, *(word for setting in settings for word in ("--set", setting))]
+    return ["--config", config, *set_words(settings)]
 
 
 def run_deepspeed(folder: Path) -> list[Launched]:
@@ -53,9 +55,8 @@ def run_torchrun(folder: Path) -> list[Launched]:
 
 def run_srun(folder: Path) -> list[Launched]:
     """What `srun --ntasks 2 python launcher/train.py` does: two processes, told apart by SLURM's variables only."""
-    port = next(port for port in (free_port() % len(SLURM_PORTS) + SLURM_PORTS.start for _ in range(100)) if is_free(port))
     job = {
-        "SLURM_JOB_ID": str(port - SLURM_PORTS.start),
+        "SLURM_JOB_ID": str(free_slurm_job_id()),
         "SLURM_JOB_NODELIST": "localhost",
         "SLURM_STEP_ID": "0",
         "SLURM_STEP_NODELIST": "localhost",
@@ -77,11 +78,14 @@ def run_literally(folder: Path) -> list[Launched]:
     return [launch(command, folder)]
 
 
-def is_free(port: int) -> bool:
-    import socket
-
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) != 0
+def free_slurm_job_id() -> int:
+    """An id of a job from which a port follows that nobody listens on."""
+    for _ in range(100):
+        job_id = free_port() % SLURM_PORT_RANGE
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", SLURM_PORT_BASE + job_id)) != 0:
+                return job_id
+    raise RuntimeError("no free port for a job of srun")
 
 
 TWO_RANKS = {"deepspeed": run_deepspeed, "accelerate": run_accelerate, "torchrun": run_torchrun, "srun": run_srun}
@@ -112,8 +116,8 @@ def test_a_launcher_leaves_all_files(launched: dict[str, tuple[list[Launched], F
         "adapter",
         "merged",
     }
-    assert {"adapter_config.json", "adapter_model.safetensors"} <= {path.name for path in (run.folder / "adapter").iterdir()}
-    merged = {path.name for path in (run.folder / "merged").iterdir()}
+    adapter, merged = ({path.name for path in (run.folder / name).iterdir()} for name in ("adapter", "merged"))
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= adapter
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= merged
     assert {record["kind"] for record in run.metrics} == {"step", "eval", "event", "summary"}
     assert list(run.losses) == list(range(1, NUM_STEPS + 1))

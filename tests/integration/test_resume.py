@@ -10,9 +10,11 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import GLOBAL_BATCH_SIZE, NUM_STEPS, RUN_ARGUMENTS
 from finished_runs import FinishedRun, index_overlap
 from forks import Ended, train_in_forks
+from short_run import NUM_STEPS, RUN_ARGUMENTS, set_words
+
+from sparse_ds.monitor.metrics_log import read_metrics
 
 ADAPTER = Path("adapter") / "adapter_model.safetensors"
 
@@ -24,7 +26,7 @@ def work(tmp_path: Path, checkpointed_run: FinishedRun) -> Path:
 
 
 def go_on(work: Path, resume: str, *settings: str, num_ranks: int = 2) -> tuple[FinishedRun, list[Ended]]:
-    arguments = [*RUN_ARGUMENTS, *(word for setting in settings for word in ("--set", setting)), "--resume", resume]
+    arguments = [*RUN_ARGUMENTS, *set_words(settings), "--resume", resume]
     output = next((s.removeprefix("train.output_dir=") for s in settings if s.startswith("train.output_dir=")), "run")
     ranks = train_in_forks([arguments] * num_ranks, [work] * num_ranks)
     assert [rank.exit_code for rank in ranks] == [0] * num_ranks, ranks
@@ -78,7 +80,6 @@ def test_another_number_of_ranks(work: Path, checkpointed_run: FinishedRun) -> N
     assert resumed.by_step("step", "num_tokens") == after(6, checkpointed_run.by_step("step", "num_tokens"))
     assert resumed.by_step("event", "dropped") == after(6, checkpointed_run.by_step("event", "dropped"))
     assert index_overlap(resumed, checkpointed_run) >= 0.99
-    assert GLOBAL_BATCH_SIZE == resumed.config["train"]["global_batch_size"]
 
 
 def test_auto_passes_over_a_damaged_checkpoint(work: Path, checkpointed_run: FinishedRun) -> None:
@@ -96,3 +97,17 @@ def test_auto_passes_over_a_damaged_checkpoint(work: Path, checkpointed_run: Fin
     assert resumed.summary["heldout_loss_after"] == checkpointed_run.summary["heldout_loss_after"]
     state = Path("checkpoint-14") / "state-00001.safetensors"
     assert (work / "run" / state).read_bytes() == (checkpointed_run.folder / state).read_bytes()
+
+
+def test_full_fine_tuning(work: Path) -> None:
+    """AdamW's moments and the weights themselves; the dense model at the end is the same to the byte."""
+    settings = ["train.max_steps=6", "checkpoint.interval_steps=4", "export.merged=true", "train.output_dir=full"]
+    kept = [word for word in RUN_ARGUMENTS if word.startswith(("data.", "train.", "monitor."))]
+    arguments = ["--config", "zero3_full", *set_words([*kept, *settings])]
+    assert [rank.exit_code for rank in train_in_forks([arguments] * 2, [work] * 2)] == [0, 0]
+    again = [*arguments, *set_words(["train.output_dir=again"]), "--resume", "full/checkpoint-4"]
+    assert [rank.exit_code for rank in train_in_forks([again] * 2, [work] * 2)] == [0, 0]
+    first, second = (read_metrics(work / name / "metrics.jsonl", "step") for name in ("full", "again"))
+    assert [record["loss"] for record in second] == [record["loss"] for record in first[4:]]
+    merged = Path("merged") / "model.safetensors"
+    assert (work / "again" / merged).read_bytes() == (work / "full" / merged).read_bytes()

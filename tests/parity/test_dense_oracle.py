@@ -43,7 +43,7 @@ VALUE_RTOL = 1e-5
 # Values near 0 are sums of terms of up to the learning rate (0.05 and 0.1), and cancel: 1e-7 was measured.
 VALUE_ATOL = 1e-6
 # Two right implementations may choose differently where two scores are closer than their rounding. Here none is: the
-# smallest relative distance at any decision must be far above what values and scores of the two differ by (1e-5 or less).
+# smallest relative distance at any decision must be far above what values of the two differ by (about 1e-5).
 MIN_GAP = 3e-4
 
 PLAIN = Settings(
