@@ -41,6 +41,13 @@ def atomic_folder(folder: Path, *, marker: str, overwrite: bool = False) -> Iter
         raise
 
 
+def remove_leftovers(parent: Path) -> None:
+    """Delete what a killed process was writing into hidden folders below `parent`. No other may be writing there."""
+    for name in ("partial", "replaced"):
+        for path in parent.glob(f".*.{name}-*"):
+            shutil.rmtree(path, ignore_errors=True)
+
+
 def _check_replaceable(folder: Path, marker: str, overwrite: bool) -> None:
     if not folder.exists():
         return

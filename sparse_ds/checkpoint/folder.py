@@ -6,7 +6,8 @@ checkpoint-<step>/
                                 <module>.exp_avg   fp32 [K]             per-weight state, if there is any
                                 <module>.row_accumulator, .col_accumulator   fp32 [O], [I]
   trainer_state.json            transformers' TrainerState (step, epoch, log)
-  checkpoint.json               format, identity of the run, scheduler, sha256 of every other file; written last
+  checkpoint.json               format, identity of the run, scheduler, sha256 of every other file and of its own
+                                content; written last
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ from sparse_ds.config.errors import UserError
 INDEX_FILE = "checkpoint.json"
 TRAINER_STATE_FILE = "trainer_state.json"
 FORMAT_NAME, FORMAT_VERSION = "sparse_ds.checkpoint", 1
+CHECKSUM_KEY = "sha256"
+"""In the index: the hash of the rest of it."""
 SHARD_BYTES = 2**31
 """State is written in files of about 2 GiB, so that the writing rank holds no more than that."""
 
@@ -73,8 +76,9 @@ class CheckpointWriter:
         if self._waiting:
             self._write_shard()
         hashes = {path.name: _sha256(path) for path in sorted(self.folder.iterdir())}
-        content = index.model_copy(update={"files": hashes})
-        (self.folder / INDEX_FILE).write_text(content.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        content = index.model_copy(update={"files": hashes}).model_dump()
+        text = json.dumps({**content, CHECKSUM_KEY: _checksum(content)}, indent=2)
+        (self.folder / INDEX_FILE).write_text(text + "\n", encoding="utf-8")
 
     def _write_shard(self) -> None:
         self._num_shards += 1
@@ -95,7 +99,8 @@ def checkpoint_path(run_folder: Path, step: int) -> Path:
 
 def list_checkpoints(run_folder: Path) -> list[Path]:
     """Checkpoints of a run, oldest first."""
-    found = [(int(match[1]), path) for path in run_folder.glob("checkpoint-*") if (match := _STEP.match(path.name))]
+    folders = [path for path in run_folder.glob("checkpoint-*") if path.is_dir()]
+    found = [(int(match[1]), path) for path in folders if (match := _STEP.match(path.name))]
     return [path for _, path in sorted(found)]
 
 
@@ -238,19 +243,30 @@ def _describe_differences(saved: dict[str, Any], current: dict[str, Any]) -> Ite
 
 def _read_index(folder: Path) -> CheckpointIndex:
     path = folder / INDEX_FILE
+    damaged = f"checkpoint {folder}: {INDEX_FILE} is damaged or of another format. Use another checkpoint."
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        index = CheckpointIndex.model_validate(content)
     except OSError as error:
         raise UserError(f"checkpoint {folder}: has no readable {INDEX_FILE} ({error.strerror}).") from error
-    except (ValueError, ValidationError) as error:
-        raise UserError(f"checkpoint {folder}: {INDEX_FILE} is damaged or of another format.") from error
-    if index.format != FORMAT_NAME or index.format_version > FORMAT_VERSION:
+    except ValueError as error:
+        raise UserError(damaged) from error
+    if not isinstance(content, dict) or not isinstance(content.get("format_version"), int):
+        raise UserError(damaged)
+    if content.get("format") != FORMAT_NAME or content["format_version"] > FORMAT_VERSION:
         raise UserError(
-            f"checkpoint {folder}: format {index.format} version {index.format_version}, expected {FORMAT_NAME} up to "
-            f"version {FORMAT_VERSION}. Use the version of sparse_ds that wrote it, or a newer one."
+            f"checkpoint {folder}: format {content.get('format')} version {content['format_version']}, expected "
+            f"{FORMAT_NAME} up to version {FORMAT_VERSION}. Use the version of sparse_ds that wrote it, or a newer one."
         )
-    return index
+    if content.pop(CHECKSUM_KEY, None) != _checksum(content):
+        raise UserError(damaged)
+    try:
+        return CheckpointIndex.model_validate(content)
+    except ValidationError as error:
+        raise UserError(damaged) from error
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:

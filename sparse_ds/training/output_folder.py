@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from sparse_ds.checkpoint.atomic_folder import remove_leftovers
 from sparse_ds.config.errors import UserError
 
 VERSIONED_PACKAGES = (
@@ -85,6 +86,7 @@ class OutputFolder:
                 for entry in self.path.glob("checkpoint-*"):
                     _remove(entry)
             self.path.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(self.path)
             text = json.dumps({**resolved, "versions": versions()}, indent=2)
             temporary = self.resolved_config.with_suffix(".json.tmp")
             temporary.write_text(text + "\n", encoding="utf-8")

@@ -18,7 +18,7 @@ def train_toy(use_reentrant: bool | None) -> dict[str, Any]:
     base = hash_base(toy.model)
     # The reentrant kind computes gradients only for inputs that need one.
     x = torch.randn(6, 11, generator=torch.Generator().manual_seed(5)).requires_grad_()
-    losses = [toy.train_step(x) for _ in range(4)]
+    losses = [toy.train_step(x) for _ in range(2)]
     assert hash_base(toy.model) == base, "the base was changed"
     assert all(parameter.data.numel() == 0 for parameter in toy.model.parameters()), "something stays gathered"
     values = [local_partition(layer.values).tolist() for layer in toy.layers.values()]

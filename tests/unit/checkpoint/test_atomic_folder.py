@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sparse_ds.checkpoint.atomic_folder import atomic_folder
+from sparse_ds.checkpoint.atomic_folder import atomic_folder, remove_leftovers
 from sparse_ds.config.errors import UserError
 
 
@@ -89,3 +89,14 @@ def test_file_in_the_way_is_refused(tmp_path: Path) -> None:
     (tmp_path / "result").write_text("a file")
     with pytest.raises(UserError, match="is a file"), atomic_folder(tmp_path / "result", marker="m", overwrite=True):
         pytest.fail("must not get here")
+
+
+def test_leftovers_of_a_killed_process_go(tmp_path: Path) -> None:
+    context = atomic_folder(tmp_path / "checkpoint-5", marker="m")
+    partial = context.__enter__()
+    (partial / "m").write_text("half")
+    (tmp_path / "checkpoint-4").mkdir()
+    (tmp_path / ".hidden").mkdir()
+    (tmp_path / ".adapter.replaced-01ab").mkdir()
+    remove_leftovers(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == [".hidden", "checkpoint-4"]
