@@ -12,9 +12,10 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-HIDDEN_SIZE, INTERMEDIATE_SIZE, HEAD_SIZE = 114, 331, 38
-"""3 query heads and 1 key and value head: matrices of 114 x 114, 38 x 114, 331 x 114 and 114 x 331 weights, of which
-no packed one splits evenly over 4 ranks, and only the odd number of its bytes decides over 2."""
+HIDDEN_SIZE, INTERMEDIATE_SIZE, HEAD_SIZE = 114, 334, 38
+"""3 query heads and 1 key and value head: matrices of 114 x 114, 38 x 114, 334 x 114 and 114 x 334 weights. 4 divides
+the bytes of no packed one, and 2 neither the blocks of the largest nor its active weights at 5 %. The columns are even,
+since for odd ones bitsandbytes compiles a kernel on the CPU."""
 WORDS = ["<unk>", "</s>", "the", "of", "is", "number", "list", "dog", "key", "sun", *map(str, range(16))]
 
 

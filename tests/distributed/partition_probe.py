@@ -234,6 +234,10 @@ def hash_base(model: nn.Module) -> str:
 
 
 def _live_tensors() -> list[torch.Tensor]:
-    # `type`, not isinstance: that would run the properties of proxy objects. A FakeTensor has no storage.
-    kinds = ((found, type(found)) for found in gc.get_objects())
-    return [found for found, kind in kinds if issubclass(kind, torch.Tensor) and not issubclass(kind, FakeTensor)]
+    # By exact type: an isinstance would run the properties of proxy objects. A FakeTensor has no storage.
+    kinds = _with_subclasses(torch.Tensor) - _with_subclasses(FakeTensor)
+    return [found for found in gc.get_objects() if type(found) in kinds]
+
+
+def _with_subclasses(kind: type) -> set[type]:
+    return {kind}.union(*(_with_subclasses(subclass) for subclass in type.__subclasses__(kind)))

@@ -15,8 +15,8 @@ from ranks import run_ranks
 
 MAX_LIVE_PARAMETERS = {"nf4": 25_000, "none": 45_000}
 PREFETCH_BUCKET_SIZE = {"nf4": 43_000, "none": 80_000}
-"""Elements: just above the largest layer, 114 x 331 weights with their deltas: 23,229 elements over NF4, 41,506 over
-bf16; and that layer with the largest tensor, 18,867 or 37,734 elements. The whole model has 6 such layers."""
+"""Elements: just above the largest layer, 114 x 334 weights with their deltas: 23,439 elements over NF4, 41,882 over
+bf16; and that layer with the largest tensor, 19,038 or 38,076 elements. The whole model has 6 such layers."""
 MAX_STEPS, INTERVAL_STEPS, ESTIMATION_STEPS, EVAL_INTERVAL_STEPS = 4, 2, 1, 3
 """Events after steps 1 and 3, evaluations before step 1, after step 3 (right after an event) and at the end. DeepSpeed
 prefetches from the third of three steps that follow each other."""

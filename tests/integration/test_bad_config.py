@@ -19,7 +19,7 @@ from forks import Ended, is_launcher_variable
 from launches import ROOT, TRAIN
 from short_run import set_words
 
-from sparse_ds.cli import USER_ERROR_EXIT_CODE, train
+from sparse_ds import cli
 
 Run = Callable[..., Ended]
 OUTPUT = ("--set", "train.output_dir=run")
@@ -31,12 +31,16 @@ RANK_0_OF_2 = {**RANK_0_OF_3, "WORLD_SIZE": "2"}
 def run_here(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
     """Runs the command in this process, in an empty working folder, without the variables of any launcher."""
 
+    def go_on(*arguments: object) -> None:
+        pytest.fail("the mistake was not found before torch is needed")
+
     def run(arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> Ended:
+        monkeypatch.setattr(cli, "_choose_device", go_on)
         monkeypatch.chdir(tmp_path)
         before = {name: value for name, value in os.environ.items() if not is_launcher_variable(name)}
         monkeypatch.setattr(os, "environ", before | dict(environment or {}))
         try:
-            exit_code = train(arguments)
+            exit_code = cli.train(arguments)
         except SystemExit as end:
             exit_code = int(end.code or 0)
         return Ended(exit_code, *capfd.readouterr())
@@ -46,7 +50,7 @@ def run_here(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],
 
 def assert_refused(ended: Ended, expected: str, folder: Path, *, files: Sequence[str] = ()) -> None:
     assert re.search(expected, ended.stderr), ended.stderr
-    assert ended.exit_code == USER_ERROR_EXIT_CODE
+    assert ended.exit_code == cli.USER_ERROR_EXIT_CODE
     assert ended.stderr.startswith("error: ")
     assert ended.stderr.count("error:") == 1
     assert "Traceback" not in ended.stderr
@@ -189,8 +193,8 @@ BAD_LAUNCHES: dict[str, tuple[dict[str, str], str]] = {
     "size is no number": ({**RANK_0_OF_2, "WORLD_SIZE": "2.0"}, r"launcher: WORLD_SIZE='2\.0', expected a whole"),
     "more ranks than the size": ({**RANK_0_OF_2, "WORLD_SIZE": "0"}, r"launcher: RANK=0 with WORLD_SIZE=0"),
     "unreadable node list": (
-        {"SLURM_PROCID": "0", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "2", "SLURM_STEP_NODELIST": "[1-2]"},
-        r"srun: cannot read the node list '\[1-2\]'; set MASTER_ADDR",
+        {"SLURM_PROCID": "0", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "2", "SLURM_STEP_NODELIST": "gpu[1-2"},
+        r"srun: cannot read the node list 'gpu\[1-2'; set MASTER_ADDR",
     ),
     "fp16 of accelerate": (
         {**RANK_0_OF_2, "ACCELERATE_MIXED_PRECISION": "fp16"},

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
 import socket
 import subprocess
 import sys
@@ -32,7 +34,7 @@ SHORT = (
 ONE_LINE_HINT = "sparse_ds: no GPU here, so `deepspeed` started 1 rank on the CPU; for two ranks: "
 
 
-def arguments_of(output: str, config: str = "zero3_sft_ma.json") -> list[str]:
+def arguments_of(output: str | Path, config: str = "zero3_sft_ma.json") -> list[str]:
     settings = [f"train.output_dir={output}", *SHORT]
     return ["--config", config, *set_words(settings)]
 
@@ -49,7 +51,9 @@ def run_accelerate(folder: Path) -> list[Launched]:
 
 
 def run_torchrun(folder: Path) -> list[Launched]:
-    command = [PROGRAMS / "torchrun", "--standalone", "--nproc-per-node", "2", TRAIN, *arguments_of("run")]
+    """With the configuration as a path."""
+    config = os.path.relpath(ROOT / "configs" / "zero3_sft_ma.json", folder)
+    command = [PROGRAMS / "torchrun", "--standalone", "--nproc-per-node", "2", TRAIN, *arguments_of("run", config)]
     return [launch(command, folder)]
 
 
@@ -73,9 +77,13 @@ def run_srun(folder: Path) -> list[Launched]:
 
 
 def run_literally(folder: Path) -> list[Launched]:
-    """`deepspeed launcher/train.py` with no number of ranks, from elsewhere, the configuration without `.json`."""
-    command = [PROGRAMS / "deepspeed", "--master_port", str(free_port()), TRAIN, *arguments_of("run", "zero3_sft_ma")]
-    return [launch(command, folder)]
+    """`deepspeed launcher/train.py` in the repository, with no number of ranks, the configuration without `.json`."""
+    command = [PROGRAMS / "deepspeed", "--master_port", str(free_port()), *literal_words(folder)]
+    return [launch(command, ROOT)]
+
+
+def literal_words(folder: Path) -> list[str]:
+    return ["launcher/train.py", *arguments_of(folder / "run", "zero3_sft_ma")]
 
 
 def free_slurm_job_id() -> int:
@@ -158,8 +166,8 @@ def test_the_literal_command_is_one_rank_and_says_how_to_start_two(
 ) -> None:
     (command,), run = launched["literal"]
     (line,) = [line for line in command.stdout.splitlines() if line.startswith(ONE_LINE_HINT)]
-    expected = ["deepspeed", "--num_accelerators", "2", str(TRAIN), *arguments_of("run", "zero3_sft_ma")]
-    assert line == ONE_LINE_HINT + " ".join(expected)
+    expected = ["deepspeed", "--num_accelerators", "2", *literal_words(run.folder.parent)]
+    assert line == ONE_LINE_HINT + shlex.join(expected)
     _, two_ranks = launched["deepspeed"]
     assert max(abs(run.losses[step] - two_ranks.losses[step]) for step in run.losses) < 1e-2
     assert run.by_step("step", "num_tokens") == two_ranks.by_step("step", "num_tokens")

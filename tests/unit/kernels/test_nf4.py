@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import bitsandbytes.functional as bnb
 import pytest
 import torch
@@ -10,6 +12,13 @@ from sparse_ds.kernels.nf4 import dequantize_nf4, nf4_sizes, quantize_nf4
 
 SHAPES = [(1, 1), (1, 2), (3, 7), (5, 13), (8, 8), (64, 64), (33, 129), (130, 127)]
 """Odd numbers of weights, part blocks of 64, and (130 x 127) more than one second-level block of 256 scales."""
+
+
+@pytest.fixture(autouse=True)
+def without_compiler() -> Iterator[None]:
+    """For odd numbers of columns bitsandbytes compiles a CPU kernel per shape; here it runs uncompiled."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 @pytest.mark.parametrize("double_quantization", [False, True])

@@ -16,7 +16,7 @@ from sparse_ds.kernels.nf4 import quantize_nf4
 from sparse_ds.sparse.layout import SparseLayout
 from sparse_ds.sparse.sparse_linear import SparseLinear
 
-ROWS, COLS, ACTIVE = 11, 13, 40
+ROWS, COLS, ACTIVE = 11, 14, 40
 BASES = ["fp32", "bf16", "nf4", "nf4-double"]
 
 
@@ -207,5 +207,5 @@ def test_hidden_deltas_are_counted_when_asked(base: str) -> None:
 
 
 def test_description_names_the_base() -> None:
-    assert repr(make_layer("nf4")[0]) == "SparseLinear(in=13, out=11, active=40, base=nf4)"
-    assert repr(make_layer("bf16")[0]) == "SparseLinear(in=13, out=11, active=40, base=bfloat16)"
+    assert repr(make_layer("nf4")[0]) == "SparseLinear(in=14, out=11, active=40, base=nf4)"
+    assert repr(make_layer("bf16")[0]) == "SparseLinear(in=14, out=11, active=40, base=bfloat16)"
