@@ -121,8 +121,8 @@ class OptimizerConfig(_Section):
     ] = (0.9, 0.999)
     """Decay rates of AdamW's two moments, each from 0 to below 1; `full` only."""
     eps: Annotated[float, Field(gt=0)] | None = None
-    """Keeps the step of a weight with tiny gradients finite, above 0; null: 1e-8. AdamW adds it to the root of the second
-    moment, SM3 to the accumulated squares inside the root."""
+    """Keeps the step of a weight with tiny gradients finite, above 0; null: 1e-8. AdamW adds it to the root of the
+    second moment, SM3 to the accumulated squares inside the root."""
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
     """The gradient is scaled down to this global 2-norm; 0: no clipping."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
