@@ -176,7 +176,7 @@ def dequantized_nf4(weight: Any) -> Any:
 def heldout_loss(model: Any, dataset: Any, collate: Any, batch_size: int) -> float:
     """Mean loss per token."""
     import torch
-    import torch.nn.functional as F  # noqa: N812
+    import torch.nn.functional as F
 
     total, count = 0.0, 0
     model.eval()
