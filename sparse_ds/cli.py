@@ -92,6 +92,8 @@ def _carry_out(config: RunConfig) -> None:
     from sparse_ds.distributed.launch_environment import complete_environment
 
     launch = complete_environment(os.environ)
+    # Read when torch is imported. By default waiting threads spin, and take the cores from the other ranks on a CPU.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     forced_cpu = launcher_forces_cpu(os.environ)
     check_accelerate_settings(config, os.environ, launch.world_size)
     clear_accelerate_settings(os.environ)
