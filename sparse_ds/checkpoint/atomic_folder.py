@@ -34,6 +34,7 @@ def atomic_folder(folder: Path, *, marker: str, overwrite: bool = False) -> Iter
     partial.mkdir()
     try:
         yield partial
+        _make_readable(partial)
         _flush_to_disk(partial)
         _move_into_place(partial, folder)
     except BaseException:
@@ -61,6 +62,15 @@ def _check_replaceable(folder: Path, marker: str, overwrite: bool) -> None:
         raise UserError(
             f"Output folder '{folder}' is not overwritten: it holds other files and no '{marker}'. Give another path."
         )
+
+
+def _make_readable(folder: Path) -> None:
+    """Give files the mode that the process's umask asks for: safetensors writes them for their owner alone."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(0o666 & ~umask)
 
 
 def _flush_to_disk(folder: Path) -> None:

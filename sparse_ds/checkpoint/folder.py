@@ -207,7 +207,7 @@ def find_checkpoint(run_folder: Path, resume: str) -> tuple[Checkpoint, list[str
             return Checkpoint(folder), problems
         except UserError as error:
             problems.append(str(error))
-    found = f"; passed over: {' '.join(problems)}" if problems else ""
+    found = f" (passed over: {' '.join(problems)})" if problems else ""
     raise UserError(
         f"checkpoint.resume: auto, but {run_folder} holds no whole checkpoint{found}. Start anew with "
         "`--set train.overwrite=true`, or give a path."

@@ -14,7 +14,7 @@ from sparse_ds.monitor.metrics_log import read_metrics
 from sparse_ds.monitor.summary import RunSummary
 
 WIDTH = 100
-_MAX_TEXT_LINES = 6
+_MAX_TEXT_LINES = 7
 _MAX_NAME = 18
 CONFIG_FILE = "resolved_config.json"
 METRICS_FILE = "metrics.jsonl"
@@ -49,7 +49,7 @@ def run_table(summary: RunSummary) -> str:
             continue
         is_path = label in ("adapter", "merged model")
         # A path stays on one line, whatever its length, so that it can be copied.
-        texts = [text] if is_path else _wrapped(text, WIDTH - label_width - 2)
+        texts = [text] if is_path else _wrapped(text, WIDTH - label_width - 2, keep_end=label == "sample prompt")
         lines += [f"{label if i == 0 else '':<{label_width}}  {part}".rstrip() for i, part in enumerate(texts)]
     return "\n".join([*lines, rule])
 
@@ -170,8 +170,11 @@ def _duration(seconds: float) -> str:
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
 
 
-def _wrapped(text: str, width: int) -> list[str]:
+def _wrapped(text: str, width: int, *, keep_end: bool) -> list[str]:
+    """Lines of at most `width`. Of too many, the last ones (`keep_end`: a question follows its preamble) or the first."""
     lines = [part for line in text.strip().splitlines() for part in textwrap.wrap(line, width) or [""]] or ["(empty)"]
-    if len(lines) > _MAX_TEXT_LINES:
-        lines = [*lines[: _MAX_TEXT_LINES - 1], "[...]"]
-    return lines
+    if len(lines) <= _MAX_TEXT_LINES:
+        return lines
+    if keep_end:
+        return ["[...]", *lines[-(_MAX_TEXT_LINES - 1) :]]
+    return [*lines[: _MAX_TEXT_LINES - 1], "[...]"]

@@ -20,6 +20,17 @@ def test_folder_appears_whole_with_its_parents(tmp_path: Path) -> None:
     assert os.listdir(folder.parent) == ["result"]
 
 
+def test_files_get_the_mode_of_the_umask(tmp_path: Path) -> None:
+    old = os.umask(0o027)
+    try:
+        with atomic_folder(tmp_path / "result", marker="m") as partial:
+            (partial / "m").write_text("1")
+            (partial / "m").chmod(0o600)
+    finally:
+        os.umask(old)
+    assert (tmp_path / "result" / "m").stat().st_mode & 0o777 == 0o640
+
+
 def test_an_empty_folder_is_filled(tmp_path: Path) -> None:
     with atomic_folder(tmp_path, marker="m") as partial:
         (partial / "m").write_text("1")

@@ -228,7 +228,7 @@ def test_auto_without_a_whole_one(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"holds no whole checkpoint\. Start anew with `--set train\.overwrite=true`"):
         find_checkpoint(tmp_path / "none", "auto")
     (save(tmp_path, 4) / TRAINER_STATE_FILE).unlink()
-    with pytest.raises(UserError, match=r"holds no whole checkpoint; passed over: .*trainer_state\.json is missing"):
+    with pytest.raises(UserError, match=r"holds no whole checkpoint \(passed over: .*trainer_state\.json is missing"):
         find_checkpoint(tmp_path, "auto")
 
 

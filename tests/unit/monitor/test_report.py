@@ -86,9 +86,18 @@ def test_long_and_multi_line_answers_are_wrapped_and_cut() -> None:
     assert lines[start] == "answer after     first"
     assert lines[start + 1] == ""
     assert lines[start + 2].startswith(" " * 17 + "word word")
-    assert lines[start + 5].strip() == "[...]"
-    assert lines[start + 6].startswith("expected answer")
+    assert lines[start + 6].strip() == "[...]"
+    assert lines[start + 7].startswith("expected answer")
     assert "answer before    (empty)" in lines
+
+
+def test_a_long_prompt_keeps_its_end() -> None:
+    table = run_table(replace(SUMMARY, sample_prompt="preamble " * 200 + "\n\nWhat is asked?"))
+    lines = table.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("sample prompt"))
+    assert lines[start] == "sample prompt    [...]"
+    assert lines[start + 6].strip() == "What is asked?"
+    assert lines[start + 7].startswith("answer before")
 
 
 def test_a_long_path_stays_whole() -> None:
