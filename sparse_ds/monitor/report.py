@@ -171,7 +171,7 @@ def _duration(seconds: float) -> str:
 
 
 def _wrapped(text: str, width: int, *, keep_end: bool) -> list[str]:
-    """Lines of at most `width`. Of too many, the last ones (`keep_end`: a question follows its preamble) or the first."""
+    """Lines of at most `width`. Of too many, the last (`keep_end`: a question follows its preamble) or the first."""
     lines = [part for line in text.strip().splitlines() for part in textwrap.wrap(line, width) or [""]] or ["(empty)"]
     if len(lines) <= _MAX_TEXT_LINES:
         return lines
