@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,15 +13,13 @@ from sparse_ds.checkpoint.folder import Checkpoint, CheckpointWriter
 from sparse_ds.config.errors import UserError
 from sparse_ds.distributed.zero3_partitions import (
     MasterWeights,
+    batches_to_gather,
     full_size,
     gather_partitions,
     local_partition,
     owned_range,
 )
 from sparse_ds.sparse.sparse_linear import SparseLinear
-
-GATHER_BYTES = 2**28
-"""Gathered bytes of one batch of tensors; a single larger tensor is a batch of its own."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +70,7 @@ def save_items(items: Sequence[StateItem], writer: CheckpointWriter | None, devi
     Collectives: one all-gather per batch; every rank must call it.
     """
     failure: Exception | None = None
-    for batch in _batches(items):
+    for batch in batches_to_gather(items, lambda item: full_size(item.parameter) * item.local.element_size()):
         gathered = gather_partitions([item.parameter for item in batch], [item.local for item in batch], device)
         if writer is None or failure is not None:
             continue
@@ -102,17 +100,3 @@ def restore_items(items: Sequence[StateItem], checkpoint: Checkpoint) -> None:
         item.local.copy_(piece)
         if item.is_master:
             local_partition(item.parameter).copy_(piece)
-
-
-def _batches(items: Sequence[StateItem]) -> Iterator[list[StateItem]]:
-    batch: list[StateItem] = []
-    batch_bytes = 0
-    for item in items:
-        num_bytes = full_size(item.parameter) * item.local.element_size()
-        if batch and batch_bytes + num_bytes > GATHER_BYTES:
-            yield batch
-            batch, batch_bytes = [], 0
-        batch.append(item)
-        batch_bytes += num_bytes
-    if batch:
-        yield batch

@@ -12,9 +12,9 @@ parameter that is still gathered (`ds_status` AVAILABLE) keeps its old content u
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed
@@ -110,6 +110,27 @@ class MasterWeights:
                 where = self.slice_of(parameter)
                 real.narrow(0, where.offset, where.num_real).fill_(True)
             flat.detach().masked_fill_(~real, 0.0)
+
+
+GATHER_BYTES = 2**28
+"""Gathered bytes of one batch of tensors (256 MiB): few collectives, and a bound on what they need at one time."""
+
+T = TypeVar("T")
+
+
+def batches_to_gather(items: Iterable[T], num_bytes: Callable[[T], int]) -> Iterator[list[T]]:
+    """Cut `items` into runs of at most GATHER_BYTES in all; a single larger item is a batch of its own."""
+    batch: list[T] = []
+    batch_bytes = 0
+    for item in items:
+        item_bytes = num_bytes(item)
+        if batch and batch_bytes + item_bytes > GATHER_BYTES:
+            yield batch
+            batch, batch_bytes = [], 0
+        batch.append(item)
+        batch_bytes += item_bytes
+    if batch:
+        yield batch
 
 
 def gather_partitions(

@@ -16,7 +16,7 @@ Reference: Scaling Sparse Fine-Tuning to Large Language Models (Ansell et al. 20
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from sparse_ds.distributed.zero3_partitions import (
     MasterWeights,
+    batches_to_gather,
     gather_partitions,
     local_partition,
     owned_range,
@@ -34,9 +35,6 @@ from sparse_ds.selection.apply_event import EventResult, carry_over
 from sparse_ds.sparse.index_hash import IndexHash
 from sparse_ds.sparse.layout import SparseLayout
 from sparse_ds.sparse.sparse_linear import SparseLinear
-
-GATHER_BYTES = 2**28
-"""Gathered bytes of one batch of tensors; a single larger tensor is a batch of its own."""
 
 
 class Selector(Protocol):
@@ -94,7 +92,7 @@ class DropAndGrow:
         started = time.perf_counter()
         num_dropped = 0
         index_hash = IndexHash()
-        for batch in self._batches():
+        for batch in batches_to_gather(self._layers, self._bytes_of):
             for name, tensors in zip(batch, self._gather(batch), strict=True):
                 result = self._selector(name, self._layers[name].layout, tensors[0], tensors[1], num_to_replace[name])
                 self._write(name, result, tensors)
@@ -110,19 +108,9 @@ class DropAndGrow:
             wall_s=time.perf_counter() - started,
         )
 
-    def _batches(self) -> Iterator[list[str]]:
-        batch: list[str] = []
-        batch_bytes = 0
-        for name, layer in self._layers.items():
-            index_bytes = layer.layout.index_dtype.itemsize
-            num_bytes = layer.layout.num_active * (index_bytes + 4 + 4 * len(self._weight_states))
-            if batch and batch_bytes + num_bytes > GATHER_BYTES:
-                yield batch
-                batch, batch_bytes = [], 0
-            batch.append(name)
-            batch_bytes += num_bytes
-        if batch:
-            yield batch
+    def _bytes_of(self, name: str) -> int:
+        layout = self._layers[name].layout
+        return layout.num_active * (layout.index_dtype.itemsize + 4 * (1 + len(self._weight_states)))
 
     def _gather(self, batch: list[str]) -> list[list[Tensor]]:
         """Per tensor: [indices, values, states...], each [K] and global."""

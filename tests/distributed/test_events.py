@@ -13,8 +13,8 @@ from ranks import run_ranks
 from torch import Tensor
 from toy_engine import CPU, LAYOUTS, Toy, start_toy
 
+from sparse_ds.distributed import zero3_partitions
 from sparse_ds.distributed.process_group import rank, world_size
-from sparse_ds.drop_grow import event as event_module
 from sparse_ds.drop_grow.event import DropAndGrow, EventRecord
 from sparse_ds.selection.apply_event import EventResult, apply_event
 from sparse_ds.sparse.index_hash import hash_indices
@@ -101,7 +101,7 @@ def check_event(scenario: Scenario) -> dict[str, Any]:
     goes_stale = scenario.all_persistent and world_size() > 1
     with pytest.MonkeyPatch.context() as patch:
         if scenario.in_batches:
-            patch.setattr(event_module, "GATHER_BYTES", GATHER_BYTES)
+            patch.setattr(zero3_partitions, "GATHER_BYTES", GATHER_BYTES)
         record = run_event(
             toy,
             make_drop_and_grow(toy.optimizer, toy.layers, toy.master, CPU),
