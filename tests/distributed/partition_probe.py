@@ -234,6 +234,8 @@ def hash_base(model: nn.Module) -> str:
 
 
 def _live_tensors() -> list[torch.Tensor]:
+    # What only a reference cycle keeps is nobody's any more; whether it was collected already is chance.
+    gc.collect()
     # By exact type: an isinstance would run the properties of proxy objects. A FakeTensor has no storage.
     kinds = _with_subclasses(torch.Tensor) - _with_subclasses(FakeTensor)
     return [found for found in gc.get_objects() if type(found) in kinds]
