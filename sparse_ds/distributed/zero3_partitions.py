@@ -11,7 +11,6 @@ parameter that is still gathered (`ds_status` AVAILABLE) keeps its old content u
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -208,16 +207,3 @@ def require_equal(digest: str, what: str) -> None:
             f"{what} differs between ranks: rank 0 has {digests[0]}, ranks {different} have other values. This is a "
             "defect or a hardware fault; the run stops because its results would be wrong."
         )
-
-
-def partition_bytes(parameters: Iterable[Parameter]) -> int:
-    """Bytes of all partitions that this rank holds."""
-    return sum(math.prod(p.ds_tensor.shape) * p.ds_tensor.element_size() for p in parameters)
-
-
-def gathered_bytes(parameters: Iterable[Parameter]) -> int:
-    """Bytes of full tensors that are gathered on this rank at the moment (0 for a released parameter).
-
-    With one rank a gathered parameter can share the storage of its partition; it counts all the same.
-    """
-    return sum(p.data.numel() * p.data.element_size() for p in parameters)

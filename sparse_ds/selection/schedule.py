@@ -20,12 +20,6 @@ def is_event(step: int, *, interval_steps: int, estimation_steps: int) -> bool:
     return step >= estimation_steps and (step - estimation_steps) % interval_steps == 0
 
 
-def num_events(*, total_steps: int, interval_steps: int, estimation_steps: int) -> int:
-    """How many events a run of `total_steps` has (the last may replace nothing: the schedule falls to 0 at its end)."""
-    _check(interval_steps, estimation_steps)
-    return 0 if total_steps < estimation_steps else (total_steps - estimation_steps) // interval_steps + 1
-
-
 def num_to_replace(
     step: int,
     *,

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparse_ds.selection.schedule import is_event, num_events, num_to_replace
+from sparse_ds.selection.schedule import is_event, num_to_replace
 
 PAPER = {"interval_steps": 20, "estimation_steps": 5}
 
@@ -24,7 +24,6 @@ def test_events_are_gamma_then_every_s(gamma: int, extra: int, total: int) -> No
         step += interval
     sizes = {"interval_steps": interval, "estimation_steps": gamma}
     assert [t for t in range(1, total + 1) if is_event(t, **sizes)] == literal
-    assert num_events(total_steps=total, **sizes) == len(literal)
 
 
 def test_first_event_replaces_all_then_linear_to_zero() -> None:
