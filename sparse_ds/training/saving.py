@@ -35,7 +35,7 @@ def save_deltas(
             [layer.indices, layer.values], [local_partition(layer.indices), master.view(layer.values)], device
         )
         if process_group.rank() == 0:
-            gathered.append((name, indices_K.cpu(), values_K.cpu()))
+            gathered.append((name, indices_K[: layer.num_active].cpu(), values_K[: layer.num_active].cpu()))
     stored = None
     with process_group.agreement("writing the adapter"):
         if process_group.rank() == 0:
