@@ -101,8 +101,10 @@ def reduced_parts(
         if squared:
             dense_BI = dense_BI.float().div_(world_size()).square_()
         part = reduce_tile(dense_BI.view(-1))
+        del dense_BI
         assert part.numel() == length
         yield first, part.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+        del part
 
 
 class TileSearch:

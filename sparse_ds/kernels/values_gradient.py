@@ -17,9 +17,9 @@ SCRATCH_ELEMENTS = 2**23
 that the product runs at full speed, small beside one layer of a 7B model (45 million weights)."""
 
 
-def rows_per_block(num_rows: int, num_cols: int, scratch_elements: int = SCRATCH_ELEMENTS) -> int:
-    """Rows of dW computed at one time."""
-    return min(num_rows, max(1, scratch_elements // num_cols))
+def rows_per_block(num_rows: int, num_cols: int, scratch_elements: int | None = None) -> int:
+    """Rows of dW computed at one time; by default as many as SCRATCH_ELEMENTS allows."""
+    return min(num_rows, max(1, (scratch_elements or SCRATCH_ELEMENTS) // num_cols))
 
 
 def values_gradient(
@@ -46,6 +46,7 @@ def values_gradient(
         dense_BI = gradient_block(grad_output_TO, input_TI, first_row, num_rows_in_block)
         positions = indices_K[begin:end].long() - first_row * num_cols
         gradient_K[begin:end] = dense_BI.view(-1).index_select(0, positions)
+        del dense_BI  # or two of them would be there while the next one is made
     return gradient_K
 
 

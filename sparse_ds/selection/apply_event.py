@@ -40,9 +40,11 @@ def apply_event(indices_K: Tensor, drop_positions: Tensor, grown_indices: Tensor
     kept = torch.ones(num_active, dtype=torch.bool, device=indices_K.device)
     kept[drop_positions] = False
     grown_indices = grown_indices.to(indices_K.dtype)
-    places = torch.searchsorted(indices_K, grown_indices).clamp_(max=max(num_active - 1, 0))
-    was_active = indices_K[places] == grown_indices
-    grown_source = torch.where(was_active, places, -1)
+    if num_active:
+        places = torch.searchsorted(indices_K, grown_indices).clamp_(max=num_active - 1)
+        grown_source = torch.where(indices_K[places] == grown_indices, places, -1)
+    else:
+        grown_source = torch.full_like(grown_indices, -1, dtype=torch.int64)
     new_indices, order = torch.cat([indices_K[kept], grown_indices]).sort()
     assert bool((new_indices[1:] > new_indices[:-1]).all()), "a weight was grown twice, or while it stayed active"
     source = torch.cat([slots[kept], grown_source])[order]
@@ -59,6 +61,6 @@ def carry_over(state_K: Tensor, source: Tensor) -> Tensor:
     Returns:
         [n], dtype of `state_K`.
     """
-    if source.numel() == 0:
-        return state_K[:0]
+    if source.numel() == 0 or state_K.numel() == 0:
+        return state_K.new_zeros(source.numel())
     return state_K[source.clamp(min=0)].masked_fill_(source < 0, 0)

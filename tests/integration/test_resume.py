@@ -99,6 +99,48 @@ def test_auto_passes_over_a_damaged_checkpoint(work: Path, checkpointed_run: Fin
     assert (work / "run" / state).read_bytes() == (checkpointed_run.folder / state).read_bytes()
 
 
+def run_and_go_on(work: Path, step: int, *settings: str) -> tuple[FinishedRun, FinishedRun]:
+    """A run of SFT-AG or as `settings` say, and the same run gone on from one of its checkpoints in another folder."""
+    kept = [word for word in RUN_ARGUMENTS if word.startswith(("data.", "train.", "monitor."))]
+    lengths = ("train.max_steps=8", "checkpoint.interval_steps=2", "checkpoint.keep=5", "export.merged=false")
+    arguments = ["--config", "zero3_sft_ag", *set_words([*kept, *lengths, *settings, "train.output_dir=first"])]
+    assert [rank.exit_code for rank in train_in_forks([arguments] * 2, [work] * 2)] == [0, 0]
+    again = [*arguments, *set_words(["train.output_dir=again"]), "--resume", f"first/checkpoint-{step}"]
+    assert [rank.exit_code for rank in train_in_forks([again] * 2, [work] * 2)] == [0, 0]
+    return FinishedRun.read(work / "first"), FinishedRun.read(work / "again")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["optimizer.moments=float32"],
+        [
+            "optimizer.moments=int8",
+            "method.candidate_source=step",
+            "method.drop_criterion=change",
+            "method.redistribution_factor=1.5",
+        ],
+    ],
+    ids=["plain", "step, change, redistribution, int8"],
+)
+def test_the_middle_of_an_estimation_phase(work: Path, settings: list[str]) -> None:
+    """SFT-AG after the first of the two steps before the event of step 7: candidates, their sums, ages and moments."""
+    first, again = run_and_go_on(work, 6, "method.interval_steps=5", "method.estimation_steps=2", *settings)
+    assert tuple(first.index_hashes) == (2, 7) and again.index_hashes == after(6, first.index_hashes)
+    assert first.by_step("event", "dropped")[7] > 0
+    assert again.losses == after(6, first.losses)
+    assert (again.folder / ADAPTER).read_bytes() == (first.folder / ADAPTER).read_bytes()
+
+
+def test_after_the_one_event_of_fisher(work: Path) -> None:
+    """Before it nothing has been trained, and no checkpoint is written."""
+    first, again = run_and_go_on(work, 4, "method.name=fisher", "method.estimation_steps=3")
+    assert tuple(first.index_hashes) == (3,) and not again.index_hashes
+    assert {path.name for path in first.folder.glob("checkpoint-*")} == {f"checkpoint-{step}" for step in (4, 6, 8)}
+    assert again.losses == after(4, first.losses)
+    assert (again.folder / ADAPTER).read_bytes() == (first.folder / ADAPTER).read_bytes()
+
+
 def test_full_fine_tuning(work: Path) -> None:
     """AdamW's moments and the weights themselves; the dense model at the end is the same to the byte."""
     settings = ["train.max_steps=6", "checkpoint.interval_steps=4", "export.merged=true", "train.output_dir=full"]

@@ -172,13 +172,15 @@ class DenseTraining(ABC):
 
     def _gradients(self, samples: Sequence[Sample], num_tokens: int) -> tuple[float, dict[str, Tensor]]:
         """What some samples of a step add to its loss, a mean over `num_tokens`, and to its dense gradients."""
-        self.model.zero_grad()
-        loss = 0.0
+        loss, grads = 0.0, {name: matrix.zeros() for name, matrix in self.targets.items()}
         for sample in samples:
+            self.model.zero_grad()
             part = self._negative_log_likelihood(sample) / num_tokens
             part.backward()
             loss += part.item()
-        return loss, {name: self.model.get_submodule(name).weight.grad.double() for name in self.targets}
+            for name, grad in grads.items():
+                grad += self.model.get_submodule(name).weight.grad
+        return loss, grads
 
     def _clip(self, grads: dict[str, Tensor]) -> dict[str, Tensor]:
         """The gradients as the optimizer gets them; their norm, over active weights, goes to the trace."""

@@ -154,10 +154,6 @@ class GradientOracle(DenseTraining):
         super().__init__(model, matrices, train, heldout, settings)
         self.num_new: dict[int, int] = {}
         """By event: weights that were not active before it."""
-        self._unrounded: dict[str, Tensor] = {}
-        if model.dtype == torch.bfloat16:
-            for name in matrices:
-                model.get_submodule(name).register_forward_hook(self._watch_products(name))
 
     def _train_step(self, step: int, samples: Sequence[Sample]) -> float:
         settings, num_tokens = self.settings, num_learned(samples)
@@ -213,18 +209,3 @@ class GradientOracle(DenseTraining):
         exact = float(alpha) * (1 + math.cos(math.pi * step / settings.total_steps)) / 2 * num_active
         assert abs(exact - round(exact)) > 1e-9, "which side of a whole number this is must not hang on rounding"
         return math.floor(exact)
-
-    def _gradients(self, samples: Sequence[Sample], num_tokens: int) -> tuple[float, dict[str, Tensor]]:
-        """For a bf16 model without the rounding of each dense gradient to bf16, which would make ties of neighbours."""
-        self._unrounded = {name: matrix.zeros() for name, matrix in self.targets.items()}
-        loss, grads = super()._gradients(samples, num_tokens)
-        return loss, grads if self.model.dtype == torch.float32 else self._unrounded
-
-    def _watch_products(self, name: str):
-        def watch(module: torch.nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            if output.requires_grad:
-                (input_1TI,) = inputs
-                input_TI = input_1TI[0].detach().double()
-                output.register_hook(lambda grad_1TO: self._unrounded[name].add_(grad_1TO[0].double().T @ input_TI))
-
-        return watch

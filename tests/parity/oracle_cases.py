@@ -30,8 +30,8 @@ class Material:
     samples: dict[str, tuple[list[Sample], list[Sample]]]
 
     @classmethod
-    def save(cls, folder: Path, *, model_seed: int) -> Material:
-        save_tiny_llama(folder / "model", seed=model_seed)
+    def save(cls, folder: Path, *, model_seed: int, attention_bias: bool = True) -> Material:
+        save_tiny_llama(folder / "model", seed=model_seed, attention_bias=attention_bias)
         samples = {}
         for name, with_prompts in (("texts", False), ("prompts", True)):
             training = make_samples(TRAIN_SAMPLES, seed=1, with_prompts=with_prompts)

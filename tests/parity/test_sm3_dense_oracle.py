@@ -7,13 +7,13 @@ import math
 import numpy as np
 import pytest
 import torch
+from sparse_ds.selection.sft_ma import select_sft_ma
 
 from sparse_ds.optim.flat_segment import FlatSegment
 from sparse_ds.optim.sm3 import SparseSM3
 from sparse_ds.selection.apply_event import carry_over
 from sparse_ds.selection.random_subset import random_subset
 from sparse_ds.selection.schedule import num_to_replace
-from sparse_ds.selection.sft_ma import select_sft_ma
 
 # fp32 against fp64: 24 bits, a few roundings a step, 40 steps.
 RTOL = 2e-5

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from forks import train_in_forks
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -77,7 +78,7 @@ def save_samples(samples: Sequence[Sample], path: Path) -> None:
     path.write_text("".join(json.dumps(sample.row()) + "\n" for sample in samples), encoding="utf-8")
 
 
-def save_tiny_llama(folder: Path, *, seed: int) -> None:
+def save_tiny_llama(folder: Path, *, seed: int, attention_bias: bool = True) -> None:
     """Random weights that are large enough for gradients of ordinary size, and random biases."""
     torch.manual_seed(seed)
     config = LlamaConfig(
@@ -89,7 +90,7 @@ def save_tiny_llama(folder: Path, *, seed: int) -> None:
         num_key_value_heads=2,
         head_dim=8,
         max_position_embeddings=32,
-        attention_bias=True,
+        attention_bias=attention_bias,
         initializer_range=0.2,
         tie_word_embeddings=False,
         bos_token_id=BOS,
@@ -149,9 +150,7 @@ def index_overlap(left: FinishedRun, right: FinishedRun) -> float:
 
 def train(config: dict[str, Any], num_ranks: int, folder: Path) -> FinishedRun:
     """One run under plain `python` (1 rank) or `torchrun` in `folder`, where also its configuration goes."""
-    folder.mkdir(parents=True)
-    config = {**config, "train": {**config["train"], "output_dir": str(folder / "run")}}
-    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    _save_config(config, folder)
     launcher = [sys.executable]
     if num_ranks > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
@@ -162,6 +161,22 @@ def train(config: dict[str, Any], num_ranks: int, folder: Path) -> FinishedRun:
     )
     assert finished.returncode == 0, f"{command}\n{finished.stdout[-2000:]}\n{finished.stderr[-4000:]}"
     return FinishedRun.read(folder / "run")
+
+
+def train_forked(config: dict[str, Any], num_ranks: int, folder: Path) -> FinishedRun:
+    """The same in processes that are forked with all imports done: seconds instead of a minute."""
+    _save_config(config, folder)
+    ranks = train_in_forks([["--config", str(folder / "config.json")]] * num_ranks, [folder] * num_ranks)
+    assert all(rank.exit_code == 0 for rank in ranks), "\n".join(
+        f"{rank.stdout[-2000:]}\n{rank.stderr[-4000:]}" for rank in ranks
+    )
+    return FinishedRun.read(folder / "run")
+
+
+def _save_config(config: dict[str, Any], folder: Path) -> None:
+    folder.mkdir(parents=True)
+    config = {**config, "train": {**config["train"], "output_dir": str(folder / "run")}}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
 def train_all(jobs: dict[str, Callable[[], FinishedRun]]) -> dict[str, FinishedRun]:

@@ -36,7 +36,10 @@ BAD_OVERRIDES = [
     ("method.density=1.5", r"method\.density: got 1\.5 \(number\), expected a number > 0 and <= 1\."),
     ("method.sparsity=0.5", r"method\.sparsity: unknown key; did you mean method\.density\?"),
     ("method.zzz=0.5", r"method\.zzz: unknown key\. The keys of method are name, density, target_modules"),
-    ("method.name=sft_mb", r'method\.name: got "sft_mb" \(text\), expected one of sft_ma, full\.'),
+    (
+        "method.name=sft_mb",
+        r'method\.name: got "sft_mb" \(text\), expected one of accumulated_gradient, fisher, sft_ag, sft_ma, sparta, full\.',
+    ),
     (
         "method.target_modules=[]",
         r"method\.target_modules: got \[\] \(list\), expected a list of texts or \"all-linear\"\.",
@@ -47,12 +50,45 @@ BAD_OVERRIDES = [
         "method.initial_drop_fraction=20",
         r"method\.initial_drop_fraction: got 20 \(integer\), expected a number > 0 and",
     ),
+    (
+        "method.drop_schedule=sine",
+        r'method\.drop_schedule: got "sine" \(text\), expected one of linear, cosine, constant\.',
+    ),
+    ("method.drop_criterion=age", r'method\.drop_criterion: got "age" \(text\), expected one of magnitude, change\.'),
+    (
+        "method.redistribution_factor=1",
+        r"method\.redistribution_factor: got 1 \(integer\), expected a number > 1 or null\.",
+    ),
+    (
+        "method.candidate_source=batch",
+        r'method\.candidate_source: got "batch" \(text\), expected one of micro_batch, step\.',
+    ),
+    ("method.gradient_tile_mib=0", r"method\.gradient_tile_mib: got 0 \(integer\), expected an integer >= 1\."),
+    ("method.gradient_tile_mib=0.5", r"method\.gradient_tile_mib: got 0\.5 \(number\), expected an integer >= 1\."),
+    (
+        "method.gradient_accumulator_limit_gib=0",
+        r"method\.gradient_accumulator_limit_gib: got 0 \(integer\), expected a number > 0\.",
+    ),
+    (
+        "method.random_growth_fraction=1.1",
+        r"method\.random_growth_fraction: got 1\.1 \(number\), expected a number >= 0 and <= 1\.",
+    ),
+    ("method.sampling=normal", r'method\.sampling: got "normal" \(text\), expected one of exact, bernoulli\.'),
+    (
+        "optimizer.moments=int4",
+        r'optimizer\.moments: got "int4" \(text\), expected one of float32, bfloat16, int8\.',
+    ),
+    ("optimizer.momentum=1", r"optimizer\.momentum: got 1 \(integer\), expected a number >= 0 and < 1\."),
     ("optimizer.learning_rate=-1", r"optimizer\.learning_rate: got -1 \(integer\), expected a number > 0\."),
     (
         "optimizer.betas=[0.9]",
         r"optimizer\.betas: got \[0\.9\] \(list\), expected a list of 2 numbers, each >= 0 and < 1\.",
     ),
-    ("optimizer.betas=[0.9,0.99]", r"optimizer\.betas: given, but method\.name sft_ma does not use it"),
+    (
+        "optimizer.betas=[0.9,0.99]",
+        r"optimizer\.betas: given, but method\.name sft_ma does not use it\. Remove it, or choose a method that does "
+        r"\(accumulated_gradient, fisher, sft_ag, sparta, full\)\.",
+    ),
     (
         "optimizer.max_grad_norm=false",
         r"optimizer\.max_grad_norm: got false \(true or false\), expected a number >= 0\.",
@@ -98,6 +134,14 @@ CONFLICTS = [
     (
         ["method.name=full", "model.quantization=none", "method.density=0.1"],
         r"method\.density: given, but method\.name full does not use it",
+    ),
+    (
+        ["method.name=sft_ag", "method.interval_steps=5", "method.estimation_steps=5"],
+        r"method\.interval_steps: got 5, expected more than method\.estimation_steps \(5\): the estimation before",
+    ),
+    (
+        ["method.name=sparta", "method.estimation_steps=5"],
+        r"method\.estimation_steps: given, but method\.name sparta does not use it",
     ),
     (
         ["method.name=full", "model.quantization=none", "optimizer.momentum=0.5"],

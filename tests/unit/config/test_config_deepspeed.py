@@ -12,6 +12,7 @@ import pytest
 from sparse_ds.config import RunConfig, UserError, build_deepspeed_config, parse_config
 from sparse_ds.config.deepspeed_keys import DEEPSPEED_KEYS, FIXED_KEYS, REFUSED_KEYS, Key
 from sparse_ds.config.deepspeed_section import MIN_REDUCE_BUCKET_SIZE
+from sparse_ds.config.methods import all_methods
 
 NVME = {"device": "nvme", "nvme_path": "/nvme"}
 
@@ -75,7 +76,10 @@ BAD_ZERO: list[tuple[dict[str, Any], str]] = [
     ({"leaf_module": {"names": "mlp"}}, r'leaf_module\.names: got "mlp" \(text\), expected a list of text'),
     ({"offload_optimizer": {"device": "gpu"}}, r'offload_optimizer\.device: got "gpu" \(text\), expected none or cpu'),
     ({"offload_optimizer": {"device": "cpu", "ratio": 0.5}}, r"offload_optimizer\.ratio: got 0\.5 .* CPU Adam"),
-    ({"offload_optimizer": NVME}, r"offload_optimizer\.device: got nvme, expected cpu or none: SM3 keeps maxima"),
+    (
+        {"offload_optimizer": NVME},
+        r"offload_optimizer\.device: got nvme, expected cpu or none: .* keep ages, or maxima",
+    ),
     ({"offload_param": NVME}, r"offload_param\.device: got nvme, expected cpu or none: its buffers"),
 ]
 
@@ -94,6 +98,12 @@ def test_a_bad_zero_key_is_explained(zero: dict[str, Any], expected: str) -> Non
     with pytest.raises(UserError) as raised:
         make({"zero_optimization": zero})
     assert re.search(rf"deepspeed\.zero_optimization\.{expected}", str(raised.value))
+
+
+@pytest.mark.parametrize("method", [name for name in all_methods() if name != "full"])
+def test_no_sparse_method_may_offload_to_nvme(method: str) -> None:
+    with pytest.raises(UserError, match=r"2 problems:\n.*offload_optimizer\.device: .*\n.*offload_param\.device: "):
+        make({"zero_optimization": {"offload_optimizer": NVME, "offload_param": NVME}}, (f"method.name={method}",))
 
 
 def test_full_may_offload_to_nvme_with_a_path() -> None:

@@ -40,7 +40,7 @@ def recipes(folder: str) -> dict[str, RunConfig]:
 
 
 def test_the_files_are_there() -> None:
-    expected = {"zero3_sft_ma.json", "zero3_full.json"}
+    expected = {"zero3_sft_ag.json", "zero3_sft_ma.json", "zero3_full.json"}
     expected |= {f"{folder}/sft_ma_{base}.json" for folder in ARCHITECTURES for base in ("nf4", "bf16")}
     assert expected <= set(FILES)
 
@@ -61,6 +61,14 @@ def test_the_two_embedded_runs_differ_in_the_method_only() -> None:
     assert (sparse.method.name, full.method.name) == ("sft_ma", "full")
     for key in ("max_steps", "global_batch_size", "seed"):
         assert getattr(sparse.train, key) == getattr(full.train, key)
+
+
+def test_the_two_sparse_embedded_runs_differ_in_the_method_only() -> None:
+    maxima, gradients = load_config("zero3_sft_ma"), load_config("zero3_sft_ag")
+    assert (maxima.method.name, gradients.method.name) == ("sft_ma", "sft_ag")
+    assert maxima.method.model_copy(update={"name": "sft_ag"}) == gradients.method
+    assert (maxima.model, maxima.data, maxima.export) == (gradients.model, gradients.data, gradients.export)
+    assert maxima.train.model_copy(update={"output_dir": "runs/zero3_sft_ag"}) == gradients.train
 
 
 @pytest.mark.parametrize("folder", ARCHITECTURES)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from sparse_ds.model.build import (
     empty_model,
     plan_layouts,
 )
+from sparse_ds.selection.bernoulli_subset import bernoulli_subset
 from sparse_ds.selection.random_subset import random_subset
 from sparse_ds.sparse.sparse_linear import SparseLinear
 
@@ -38,7 +40,7 @@ def build(folder: Path, whole: Any, base: BaseSettings = FP32, sparse: SparseSet
     checkpoint = BaseCheckpoint(folder)
     model = empty_model(checkpoint, base)
     layouts = plan_layouts(model, sparse)
-    build_sparse_model(checkpoint, model, layouts, base, sparse.seed, whole, torch.device("cpu"))
+    build_sparse_model(checkpoint, model, layouts, base, sparse, whole, torch.device("cpu"))
     return model
 
 
@@ -62,6 +64,42 @@ def test_before_training_it_is_the_base_model(
         subset = random_subset(layer.layout.num_elements, layer.layout.num_active, seed=3, name=name)
         assert torch.equal(layer.indices.long(), subset) and layer.indices.dtype == torch.int32
         assert layer.values.dtype == torch.float32 and not layer.values.any()
+
+
+def test_bernoulli_indices_are_the_drawn_ones(make_checkpoint: MakeCheckpoint, whole: Any) -> None:
+    sparse = SparseSettings("all-linear", density=0.2, seed=3, bernoulli=True)
+    model = build(make_checkpoint(), whole, sparse=sparse)
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, SparseLinear)}
+    for name, layer in layers.items():
+        subset = bernoulli_subset(layer.layout.num_elements, 0.2, seed=3, name=name)
+        assert torch.equal(layer.indices.long(), subset)
+        assert layer.num_active == layer.layout.num_active == subset.numel() == layer.values.numel()
+    exact = [int(0.2 * layer.layout.num_elements) for layer in layers.values()]
+    assert [layer.num_active for layer in layers.values()] != exact
+
+
+def test_spare_slots_lie_behind_the_active_weights(make_checkpoint: MakeCheckpoint, whole: Any) -> None:
+    folder = make_checkpoint()
+    sparse = SparseSettings("all-linear", density=0.3, seed=3, slots_per_active=2.5)
+    model = build(folder, whole, sparse=sparse)
+    for name, layer in model.named_modules():
+        if not isinstance(layer, SparseLinear):
+            continue
+        num_active = layer.num_active
+        assert num_active == math.floor(Fraction("0.3") * layer.layout.num_elements)
+        assert layer.layout.num_slots == math.floor(2.5 * num_active) == layer.indices.numel() == layer.values.numel()
+        subset = random_subset(layer.layout.num_elements, num_active, seed=3, name=name)
+        assert torch.equal(layer.indices[:num_active].long(), subset)
+        assert not layer.indices[num_active:].any() and not layer.values.any()
+    expected = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    with torch.no_grad():
+        assert torch.equal(model(TOKENS).logits, expected(TOKENS).logits)
+
+
+def test_a_matrix_has_no_more_slots_than_weights(make_checkpoint: MakeCheckpoint) -> None:
+    model = empty_model(BaseCheckpoint(make_checkpoint()), FP32)
+    for layout in plan_layouts(model, SparseSettings("all-linear", 0.5, seed=0, slots_per_active=7.0)).values():
+        assert layout.num_slots == layout.num_elements
 
 
 @pytest.mark.parametrize("double_quantization", [False, True])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -15,6 +15,15 @@ from sparse_ds.optim.sparse_adamw import Moments, SparseAdamW
 
 NAN = float("nan")
 ALL_MOMENTS: tuple[Moments, ...] = ("float32", "bfloat16", "int8")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """The tensors are small: on a busy machine, threads only wait for each other here."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
 
 
 def make(values: Tensor, padding: list[tuple[int, int]] | None = None, **settings: object) -> SparseAdamW:
@@ -50,7 +59,9 @@ def test_with_equal_ages_it_is_torch_adamw_bit_for_bit(betas: tuple[float, float
     optimizers = [make(ours, **settings), torch.optim.AdamW([theirs], foreach=False, **settings)]
     schedulers = [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 200) for optimizer in optimizers]
     for _ in range(200):
-        ours.grad = torch.randn(1000, generator=generator) * 10 ** torch.empty(1000).uniform_(-4, 1)
+        ours.grad = torch.randn(1000, generator=generator) * 10 ** torch.empty(1000).uniform_(
+            -4, 1, generator=generator
+        )
         theirs.grad = ours.grad.clone()
         for optimizer in (*optimizers, *schedulers):
             optimizer.step()
@@ -65,7 +76,7 @@ def test_individual_ages_equal_an_fp64_oracle() -> None:
     size, births = 40, {5: range(0, 10), 9: range(5, 20)}
     values = torch.nn.Parameter(torch.randn(size, generator=generator))
     optimizer = make(values, lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=decay)
-    oracle = [(float(value), 0.0, 0.0, 0) for value in values]
+    oracle = [(value, 0.0, 0.0, 0) for value in values.tolist()]
     for step in range(1, 31):
         values.grad = torch.randn(size, generator=generator)
         optimizer.step()
@@ -124,7 +135,7 @@ def test_corrections_of_every_age_are_those_of_fp64() -> None:
     )
     values.grad = torch.ones(1)
     optimizer.step()
-    assert float(values) == pytest.approx(-0.01, rel=1e-6), "an age beyond the table"
+    assert values.tolist() == pytest.approx([-0.01], rel=1e-6), "an age beyond the table"
 
 
 @pytest.mark.parametrize("moments", ALL_MOMENTS)
@@ -135,7 +146,7 @@ def test_a_new_weight_without_gradient_only_decays(moments: Moments) -> None:
         values.grad = torch.tensor([0.0, 0.0, 1.0])
         optimizer.step()
     assert values.tolist()[:2] == pytest.approx([0.0, 2 * 0.95**3])
-    assert float(values[0]) == 0.0
+    assert values.tolist()[0] == 0.0
 
 
 @pytest.mark.parametrize("moments", ALL_MOMENTS)
@@ -326,13 +337,20 @@ def test_a_regression_reaches_the_loss_of_fp32() -> None:
     assert regression_loss("int8") == pytest.approx(reference, rel=0.2)
 
 
-def test_random_bits_are_those_of_the_published_hash() -> None:
+def test_rounding_to_bfloat16_keeps_what_is_not_finite() -> None:
+    """The largest bits of a NaN would overflow to -0."""
+    moment = torch.tensor([0x7FFFFFFF, 0x7F800000, -0x800000, 0x7FC00000], dtype=torch.int32).view(torch.float32)
+    rounded = sparse_adamw._round_bfloat16(moment, 0xFFFF)
+    assert rounded.isnan().tolist() == [True, False, False, True]
+    assert rounded.tolist()[1:3] == [math.inf, -math.inf]
+
+
+def test_random_bits_in_wrapping_int32_are_the_hash_in_python_integers() -> None:
     chunk = slice(1 << 20, (1 << 20) + 1000)
     bits = sparse_adamw._random_bits(chunk, 7, 3, torch.device("cpu"))
     key = sparse_adamw._lowbias32(sparse_adamw._lowbias32(3) + 7)
     expected = [sparse_adamw._lowbias32(position + key) for position in range(chunk.start, chunk.stop)]
     assert (bits.long() & 0xFFFFFFFF).tolist() == expected
-    assert sparse_adamw._lowbias32(1) == 0x6EAF8F0F or True
 
 
 def test_random_bits_are_uniform_and_new_at_every_step() -> None:
@@ -398,12 +416,10 @@ def test_reading_and_writing_back_changes_no_bit(moments: Moments) -> None:
     values, optimizer = run(moments)
     before = copy.deepcopy(optimizer.state_dict())
     states = optimizer.read_weight_states()
-    own = [states[name][0] is optimizer.state[values][name] for name in ("exp_avg", "exp_avg_sq")]
     shared = [
         states[name][0].data_ptr() == optimizer.state[values][name].data_ptr() for name in ("exp_avg", "exp_avg_sq")
     ]
-    assert own == shared or shared == [True, True]
-    assert all(shared) == (moments == "float32")
+    assert shared == [moments == "float32"] * 2
     for _ in range(3):
         optimizer.write_weight_states(optimizer.read_weight_states())
     assert_same_state(optimizer.state_dict(), before)

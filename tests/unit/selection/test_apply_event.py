@@ -50,6 +50,33 @@ def test_growing_an_active_weight_is_refused() -> None:
         apply_event(torch.tensor([2, 4]), torch.tensor([0, 1]), torch.tensor([7, 7]))
 
 
-def test_changing_the_number_of_weights_is_refused() -> None:
-    with pytest.raises(AssertionError, match="K must stay the same"):
-        apply_event(torch.tensor([2, 4]), torch.tensor([0]), torch.tensor([5, 6]))
+@given(data=st.data(), numel=st.integers(1, 40))
+def test_more_or_fewer_may_grow_than_are_dropped(data: st.DataObject, numel: int) -> None:
+    active = sorted(data.draw(st.sets(st.integers(0, numel - 1), min_size=1)))
+    dropped = data.draw(st.sets(st.sampled_from(active)))
+    pool = sorted(set(range(numel)) - (set(active) - dropped))
+    grown = data.draw(st.sets(st.sampled_from(pool))) if pool else set()
+    result = apply_event(
+        torch.tensor(active, dtype=torch.int32),
+        torch.tensor(sorted(active.index(i) for i in dropped), dtype=torch.int64),
+        torch.tensor(sorted(grown), dtype=torch.int64),
+    )
+    assert result.indices.tolist() == sorted((set(active) - dropped) | grown)
+    assert result.indices.numel() == len(active) - len(dropped) + len(grown)
+    assert [active[slot] if slot >= 0 else None for slot in result.source.tolist()] == [
+        i if i in active else None for i in result.indices.tolist()
+    ]
+    assert result.num_replaced == len(grown - set(active))
+    values = torch.arange(1.0, len(active) + 1)
+    value_of = dict(zip(active, values.tolist(), strict=True))
+    assert carry_over(values, result.source).tolist() == [value_of.get(i, 0.0) for i in result.indices.tolist()]
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_a_matrix_without_active_weights_can_grow_some(dtype: torch.dtype) -> None:
+    """Redistribution can take the last one away and bring others later."""
+    nothing = torch.empty(0, dtype=dtype)
+    result = apply_event(nothing, nothing.long(), torch.tensor([3, 5]))
+    assert result.indices.dtype == dtype and result.indices.tolist() == [3, 5]
+    assert result.source.tolist() == [-1, -1] and result.num_replaced == 2
+    assert carry_over(torch.empty(0), result.source).tolist() == [0.0, 0.0]

@@ -9,46 +9,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from evidences import evidences
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from sparse_ds.selection.apply_event import EventResult, apply_event, carry_over
 from sparse_ds.selection.evidence import Evidence
 from sparse_ds.selection.random_growth import random_inactive
 from sparse_ds.selection.registry import find_growth, select
-from sparse_ds.selection.sft_ag import select_sft_ag
 from sparse_ds.sparse.layout import SparseLayout
-
-DROP_SCORES = st.one_of(st.sampled_from([0.0, 1.0, 1e-45]), st.floats(0, 2.0**100, width=32))
-SCORES = st.one_of(st.sampled_from([0.0, 1.0]), st.floats(0, 2.0**100, width=32))
-
-
-@st.composite
-def evidences(draw: st.DrawFn) -> Evidence:
-    """A matrix with any active weights, candidates and scores, full of ties or without any."""
-    num_rows, num_cols = draw(st.integers(1, 7)), draw(st.integers(1, 7))
-    positions = st.integers(0, num_rows * num_cols - 1)
-    active = sorted(draw(st.sets(positions)))
-    candidates = sorted(draw(st.sets(positions)))
-    dtype = draw(st.sampled_from([torch.int32, torch.int64]))
-
-    def scores(elements: st.SearchStrategy[float], count: int) -> Tensor:
-        return torch.tensor(draw(st.lists(elements, min_size=count, max_size=count)), dtype=torch.float32)
-
-    return Evidence(
-        name="w",
-        layout=SparseLayout(num_rows, num_cols, len(active)),
-        indices=torch.tensor(active, dtype=dtype),
-        drop_scores=scores(DROP_SCORES, len(active)),
-        candidates=torch.tensor(candidates, dtype=dtype),
-        candidate_scores=scores(SCORES, len(candidates)),
-        row_acc=scores(SCORES, num_rows),
-        col_acc=scores(SCORES, num_cols),
-        step=draw(st.integers(1, 1000)),
-        seed=draw(st.integers(0, 2**32)),
-        random_growth_fraction=draw(st.sampled_from([0.0, 0.3, 1.0])),
-    )
 
 
 def check_event(evidence: Evidence, result: EventResult, k: int) -> None:
@@ -88,17 +57,6 @@ def test_events_keep_the_invariants(data: st.DataObject, evidence: Evidence, met
     else:
         num_inactive = evidence.layout.num_elements - evidence.indices.numel()
         assert result.num_replaced == min(k, num_inactive)
-
-
-@settings(max_examples=200)
-@given(data=st.data(), evidence=evidences())
-def test_sft_ag_in_one_go_is_sft_ag_by_trial(data: st.DataObject, evidence: Evidence) -> None:
-    k = data.draw(st.integers(0, evidence.indices.numel()))
-    candidates, scores = evidence.scored_candidates
-    result = select_sft_ag(evidence.indices, evidence.drop_scores, candidates, scores, k)
-    check_event(evidence, result, k)
-    by_trial = select(find_growth("sft_ag"), evidence, k)
-    assert torch.equal(result.indices, by_trial.indices) and torch.equal(result.source, by_trial.source)
 
 
 @settings(max_examples=100)

@@ -37,6 +37,11 @@ def test_boundaries_cut_the_indices_by_blocks_of_rows(rows_per_block: int) -> No
     assert blocks == expected
 
 
+def test_slots_are_the_active_weights_and_the_room_for_more() -> None:
+    assert (SparseLayout(4, 3, 5).num_slots, SparseLayout(4, 3, 5, spare_slots=2).num_slots) == (5, 7)
+    assert SparseLayout(4, 3, 5) == SparseLayout(4, 3, 5, spare_slots=0)
+
+
 def test_boundaries_of_no_indices() -> None:
     assert SparseLayout(4, 3, 0).row_boundaries(torch.empty(0, dtype=torch.int32), 3) == [0, 0, 0]
 

@@ -20,13 +20,16 @@ ROWS, COLS, ACTIVE = 11, 14, 40
 BASES = ["fp32", "bf16", "nf4", "nf4-double"]
 
 
-def make_layer(base: str, num_active: int = ACTIVE, bias: bool = False) -> tuple[SparseLinear, Tensor]:
-    """The layer, and its dense base weight as it is multiplied."""
+def make_layer(
+    base: str, num_active: int = ACTIVE, bias: bool = False, spare_slots: int = 0
+) -> tuple[SparseLinear, Tensor]:
+    """The layer, and its dense base weight as it is multiplied. Spare slots hold what must have no effect."""
     generator = torch.Generator().manual_seed(2)
     dtype = torch.float32 if base == "fp32" else torch.bfloat16
     weight_OI = (torch.randn(ROWS, COLS, generator=generator) / 4).to(dtype)
     indices = torch.randperm(ROWS * COLS, generator=generator)[:num_active].sort().values.int()
     values = torch.randn(num_active, generator=generator) / 4
+    indices, values = F.pad(indices, (0, spare_slots)), F.pad(values, (0, spare_slots))
     tensors: dict[str, Parameter] = {
         "indices": Parameter(indices, requires_grad=False),
         "values": Parameter(values),
@@ -41,7 +44,7 @@ def make_layer(base: str, num_active: int = ACTIVE, bias: bool = False) -> tuple
             tensors["nested_statistics"] = Parameter(quantized.nested_statistics, requires_grad=False)
     else:
         tensors["weight"] = Parameter(weight_OI, requires_grad=False)
-    layer = SparseLinear(SparseLayout(ROWS, COLS, num_active), dtype, tensors)
+    layer = SparseLinear(SparseLayout(ROWS, COLS, num_active, spare_slots), dtype, tensors)
     with torch.no_grad():
         kept = layer.values.data.clone()
         layer.values.data.zero_()
@@ -159,6 +162,113 @@ def test_input_that_needs_no_gradient_gets_none() -> None:
     input = torch.randn(4, COLS).to(weight_OI.dtype)
     (grad_values,) = gradients(layer(input), layer.values)
     assert grad_values.count_nonzero() > 0 and input.grad is None
+
+
+@pytest.mark.parametrize("num_active", [0, 1, ACTIVE])
+@pytest.mark.parametrize("base", BASES)
+def test_spare_slots_have_no_effect_and_the_gradient_0(base: str, num_active: int) -> None:
+    """The same layer with and without them, bit for bit, even if they held something."""
+    layer, weight_OI = make_layer(base, num_active)
+    roomy, _ = make_layer(base, num_active, spare_slots=7)
+    assert roomy.layout.num_slots == roomy.values.numel() == num_active + 7 and roomy.num_active == num_active
+    before = base_bytes(roomy)
+    input = torch.randn(4, COLS, generator=torch.Generator().manual_seed(4)).to(weight_OI.dtype).requires_grad_()
+    for left_over in (0.0, 3.0):
+        with torch.no_grad():
+            roomy.values[num_active:] = left_over
+        output, expected = roomy(input), layer(input)
+        assert torch.equal(output, expected)
+        grad_input, grad_values = gradients(output, input, roomy.values)
+        expected_input, expected_values = gradients(expected, input, layer.values)
+        assert torch.equal(grad_input, expected_input)
+        assert torch.equal(grad_values[:num_active], expected_values)
+        assert grad_values.shape == (num_active + 7,) and not grad_values[num_active:].any()
+    assert all(torch.equal(x, y) for x, y in zip(before, base_bytes(roomy), strict=True))
+    assert torch.equal(roomy.active_indices, layer.indices)
+
+
+def test_the_number_of_active_weights_may_change() -> None:
+    """As an event with redistribution does it: slots that were spare become active, or the other way around."""
+    roomy, weight_OI = make_layer("fp32", num_active=10, spare_slots=5)
+    input = torch.randn(4, COLS)
+    for num_active in (15, 3, 0):
+        indices = torch.randperm(ROWS * COLS)[:num_active].sort().values.int()
+        values = torch.randn(num_active)
+        roomy.num_active = num_active
+        roomy.indices.data.zero_()[:num_active] = indices
+        roomy.values.data.zero_()[:num_active] = values
+        deltas_N = torch.zeros(ROWS * COLS).index_put((indices.long(),), values)
+        output = roomy(input)
+        assert torch.equal(output, F.linear(input, weight_OI + deltas_N.view(ROWS, COLS)))
+        (grad_values,) = gradients(output, roomy.values)
+        assert grad_values.shape == (15,) and not grad_values[num_active:].any()
+        assert grad_values[:num_active].count_nonzero() == num_active
+        assert f"active={num_active}" in repr(roomy)
+
+
+@pytest.mark.parametrize("use_reentrant", [None, True, False], ids=["plain", "reentrant", "non-reentrant"])
+@pytest.mark.parametrize("shape", [(COLS,), (6, COLS), (2, 3, COLS)])
+@pytest.mark.parametrize("base", ["fp32", "nf4"])
+def test_each_backward_shows_the_dense_gradient_once(
+    base: str, shape: tuple[int, ...], use_reentrant: bool | None
+) -> None:
+    layer, weight_OI = make_layer(base)
+    input = torch.randn(shape, generator=torch.Generator().manual_seed(4)).to(weight_OI.dtype).requires_grad_()
+    weights = torch.randn(*shape[:-1], ROWS, generator=torch.Generator().manual_seed(9)).to(weight_OI.dtype)
+    shown: list[tuple[Tensor, Tensor]] = []
+    layer.observe_gradient = lambda grad_output_TO, input_TI: shown.append((grad_output_TO, input_TI))
+
+    def forward() -> Tensor:
+        output: Tensor = (
+            layer(input) if use_reentrant is None else checkpoint(layer, input, use_reentrant=use_reentrant)
+        )
+        return output
+
+    for num_backwards in (1, 2):
+        layer.values.grad = None
+        output = forward()
+        assert len(shown) == num_backwards - 1, "a forward pass shows nothing"
+        output.backward(weights)
+        assert len(shown) == num_backwards
+        grad_output_TO, input_TI = shown[-1]
+        assert torch.equal(grad_output_TO, weights.reshape(-1, ROWS))
+        assert torch.equal(input_TI, input.reshape(-1, COLS))
+        assert not grad_output_TO.requires_grad
+        dense_OI = grad_output_TO.float().t() @ input_TI.float()
+        assert layer.values.grad is not None
+        # The same sums of a few products; with a 16-bit input they are rounded to 8 bits at the end.
+        tolerance = {"rtol": 1e-5, "atol": 1e-6} if base == "fp32" else {"rtol": 2**-7, "atol": 1e-2}
+        torch.testing.assert_close(layer.values.grad, dense_OI.view(-1)[layer.indices.long()], **tolerance)
+        plain = layer.values.grad.clone()
+    # Looking changes nothing, and after the phase nobody looks.
+    layer.observe_gradient, layer.values.grad = None, None
+    forward().backward(weights)
+    assert len(shown) == 2 and torch.equal(layer.values.grad, plain)
+
+
+def test_the_dense_gradient_is_shown_for_an_input_that_needs_no_gradient_too() -> None:
+    """The first layer of a model."""
+    layer, _ = make_layer("fp32")
+    shown: list[tuple[Tensor, Tensor]] = []
+    layer.observe_gradient = lambda grad_output_TO, input_TI: shown.append((grad_output_TO, input_TI))
+    gradients(layer(torch.randn(4, COLS)), layer.values)
+    assert len(shown) == 1
+    with torch.no_grad():
+        layer(torch.randn(4, COLS))
+    assert len(shown) == 1
+
+
+def test_what_observing_raises_comes_out_of_backward() -> None:
+    layer, weight_OI = make_layer("fp32")
+    before = base_bytes(layer)
+
+    def fail(grad_output_TO: Tensor, input_TI: Tensor) -> None:
+        raise RuntimeError("out of memory")
+
+    layer.observe_gradient = fail
+    with pytest.raises(RuntimeError, match="out of memory"):
+        layer(torch.randn(4, COLS)).sum().backward()
+    assert all(torch.equal(x, y) for x, y in zip(before, base_bytes(layer), strict=True))
 
 
 def test_saves_only_the_input() -> None:
