@@ -20,12 +20,13 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from sparse_ds.config.schema import RunConfig
 from sparse_ds.distributed import process_group
 from sparse_ds.distributed.launch_environment import complete_environment
+from sparse_ds.drop_grow.weight_states import WeightStates
 from sparse_ds.optim.sm3 import SparseSM3
 from sparse_ds.sparse.sparse_linear import SparseLinear
 from sparse_ds.training import run as run_module
 from sparse_ds.training.trainer import SparseTrainer
 
-OPTIMIZER_STATES = ("exp_avg",)
+WEIGHT_STATES = ("exp_avg", "birth_step")
 SMALLEST_COMPARED_BYTES = 256
 """A full tensor of fewer bytes (a second-level statistic of two numbers) is as large as many a scalar."""
 
@@ -56,14 +57,21 @@ class ProbeReport:
 def probe_run(settings: dict[str, Any]) -> ProbeReport:
     """One whole `run(...)` of this rank, probed."""
     report = ProbeReport()
+    weight_states: list[WeightStates] = []
+
+    class ProbedStates(WeightStates):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            weight_states.append(self)
 
     class ProbedTrainer(SparseTrainer):
         def __init__(self, **kwargs: Any) -> None:
             super().__init__(**kwargs)
             report.base_before = hash_base(self.model)
-            self.add_callback(_InstallLast(self, report))
+            self.add_callback(_InstallLast(self, report, weight_states))
 
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_module, "WeightStates", ProbedStates)
         patch.setattr(run_module, "SparseTrainer", ProbedTrainer)
         run_module.run(RunConfig.model_validate(settings), complete_environment(os.environ), "cpu")
     return report
@@ -72,13 +80,14 @@ def probe_run(settings: dict[str, Any]) -> ProbeReport:
 class _InstallLast(TrainerCallback):
     """Installs the probe behind every callback of the run, so that it sees what is left after all of them."""
 
-    def __init__(self, trainer: SparseTrainer, report: ProbeReport) -> None:
-        self._trainer, self._report = trainer, report
+    def __init__(self, trainer: SparseTrainer, report: ProbeReport, weight_states: list[WeightStates]) -> None:
+        self._trainer, self._report, self._weight_states = trainer, report, weight_states
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        probe = PartitionProbe(self._trainer, self._report)
+        (weight_states,) = self._weight_states
+        probe = PartitionProbe(self._trainer, self._report, weight_states)
         probe.check("start")
         probe.stage_breaches()
         self._trainer.add_callback(probe)
@@ -95,8 +104,8 @@ class _InstallLast(TrainerCallback):
 class PartitionProbe(TrainerCallback):
     """Checks the contract at the end of every step and evaluation; counts gathered elements within."""
 
-    def __init__(self, trainer: SparseTrainer, report: ProbeReport) -> None:
-        self._trainer, self._report = trainer, report
+    def __init__(self, trainer: SparseTrainer, report: ProbeReport, weight_states: WeightStates) -> None:
+        self._trainer, self._report, self._weight_states = trainer, report, weight_states
         self._model = trainer.model
         self._zero = trainer.deepspeed.optimizer
         self._names = {parameter: name for name, parameter in self._model.named_parameters()}
@@ -192,8 +201,15 @@ class PartitionProbe(TrainerCallback):
         flats = list(self._zero.fp32_partitioned_groups_flat)
         assert sum(flat.numel() for flat in flats) == trained_elements, f"{where}: master weights"
         optimizer = self._zero.optimizer
-        states = [tensor for flat in flats for tensor in optimizer.state[flat].values()]
-        assert sum(tensor.numel() for tensor in states) == len(OPTIMIZER_STATES) * trained_elements, f"{where}: state"
+        by_name = self._weight_states.read()
+        assert tuple(by_name) == WEIGHT_STATES, f"{where}: {tuple(by_name)}"
+        states = [tensor for tensors in by_name.values() for tensor in tensors]
+        assert all(tensor.element_size() == 4 for tensor in states), f"{where}: state"
+        assert sum(tensor.numel() for tensor in states) == len(WEIGHT_STATES) * trained_elements, f"{where}: state"
+        known = {id(tensor) for tensor in states}
+        assert all(id(tensor) in known for flat in flats for tensor in optimizer.state[flat].values()), (
+            f"{where}: state"
+        )
         gradients = self._zero.grad_partitions_flat_buffer
         assert gradients.numel() == trained_elements, f"{where}: gradients"
         assert isinstance(optimizer, SparseSM3)

@@ -38,7 +38,8 @@ BAD_OVERRIDES = [
     ("method.zzz=0.5", r"method\.zzz: unknown key\. The keys of method are name, density, target_modules"),
     (
         "method.name=sft_mb",
-        r'method\.name: got "sft_mb" \(text\), expected one of accumulated_gradient, fisher, sft_ag, sft_ma, sparta, full\.',
+        r'method\.name: got "sft_mb" \(text\), expected one of accumulated_gradient, fisher, sft_ag, sft_ma, '
+        r"sparta, full\.",
     ),
     (
         "method.target_modules=[]",

@@ -18,6 +18,11 @@ ARCHITECTURES = {
     "mistral_7b": ("mistralai/Mistral-7B-v0.1", 4096, 14336, 4096, 1024, 32),
     "llama2_70b": ("meta-llama/Llama-2-70b-hf", 8192, 28672, 8192, 1024, 80),
 }
+# learning rate and weight decay: table 4 of the paper, 70B those of its 13B
+RATES = {
+    "sft_ag": {"llama2_7b": (1e-4, 30.0), "mistral_7b": (1e-4, 30.0), "llama2_70b": (1e-5, 30.0)},
+    "sft_ma": {"llama2_7b": (1e-3, 0.3), "mistral_7b": (1e-3, 0.3), "llama2_70b": (4e-4, 0.0)},
+}
 
 
 def shapes_OI(folder: str) -> list[tuple[int, int]]:
@@ -41,7 +46,9 @@ def recipes(folder: str) -> dict[str, RunConfig]:
 
 def test_the_files_are_there() -> None:
     expected = {"zero3_sft_ag.json", "zero3_sft_ma.json", "zero3_full.json"}
-    expected |= {f"{folder}/sft_ma_{base}.json" for folder in ARCHITECTURES for base in ("nf4", "bf16")}
+    expected |= {
+        f"{folder}/{method}_{base}.json" for folder in ARCHITECTURES for method in RATES for base in ("nf4", "bf16")
+    }
     assert expected <= set(FILES)
 
 
@@ -74,19 +81,31 @@ def test_the_two_sparse_embedded_runs_differ_in_the_method_only() -> None:
 @pytest.mark.parametrize("folder", ARCHITECTURES)
 def test_recipes_have_the_papers_values(folder: str) -> None:
     found = recipes(folder)
-    assert set(found) == {"sft_ma_nf4", "sft_ma_bf16"}
+    assert set(found) == {"sft_ag_nf4", "sft_ag_bf16", "sft_ma_nf4", "sft_ma_bf16"}
     for name, config in found.items():
+        method, base = name.rsplit("_", 1)
         assert config.model.name_or_path == ARCHITECTURES[folder][0]
-        assert config.model.quantization == ("nf4" if name.endswith("nf4") else "none")
+        assert config.model.quantization == ("nf4" if base == "nf4" else "none")
         assert config.model.dtype == "bfloat16"
         assert (config.train.global_batch_size, config.train.num_epochs, config.train.max_steps) == (128, 2.0, None)
         assert config.data.sequence_length == 2048
         assert (config.optimizer.schedule, config.optimizer.warmup_fraction) == ("linear", 0.03)
-        published = (4e-4, 0.0) if folder == "llama2_70b" else (1e-3, 0.3)
-        assert (config.optimizer.learning_rate, config.optimizer.weight_decay) == published
-        method = config.method
-        assert (method.name, method.target_modules) == ("sft_ma", "all-linear")
-        assert (method.interval_steps, method.estimation_steps, method.initial_drop_fraction) == (20, 5, 0.2)
+        assert (config.optimizer.learning_rate, config.optimizer.weight_decay) == RATES[method][folder]
+        assert (config.method.name, config.method.target_modules) == (method, "all-linear")
+        assert config.method.initial_drop_fraction == 0.2
+        assert (config.method.interval_steps, config.method.estimation_steps) == (20, 5)
+        assert config.train.output_dir == f"runs/{folder}_{name}"
+
+
+@pytest.mark.parametrize("folder", ARCHITECTURES)
+@pytest.mark.parametrize("method", RATES)
+def test_the_two_recipes_of_a_method_differ_in_the_base_only(folder: str, method: str) -> None:
+    found = recipes(folder)
+    nf4, bf16 = (found[f"{method}_{base}"].to_dict() for base in ("nf4", "bf16"))
+    for sections in (nf4, bf16):
+        sections["model"].pop("quantization")
+        sections["train"].pop("output_dir")
+    assert nf4 == bf16
 
 
 @pytest.mark.parametrize("folder", ARCHITECTURES)
@@ -123,9 +142,12 @@ def test_peft_counts_the_same_weights_of_lora(folder: str) -> None:
 
 def test_the_table_of_the_readme_is_right() -> None:
     text = Path(CONFIGS_DIR / "README.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| `(\w+)` \| ([0-9.]+) \| ([0-9,]+) \| ([0-9,]+) \|", text, flags=re.MULTILINE)
+    rates = r" (\S+) / (\S+) \|"
+    row = rf"^\| `(\w+)` \| ([0-9.]+) \| ([0-9,]+) \| ([0-9,]+) \|{rates}{rates}"
+    rows = re.findall(row, text, flags=re.MULTILINE)
     assert [row[0] for row in rows] == list(ARCHITECTURES)
-    for folder, density, active, lora in rows:
+    for folder, density, active, lora, *rates_and_decays in rows:
+        assert tuple(map(float, rates_and_decays)) == RATES["sft_ag"][folder] + RATES["sft_ma"][folder]
         assert {config.method.density for config in recipes(folder).values()} == {float(density)}
         assert count_active(folder, float(density)) == int(active.replace(",", ""))
         assert count_lora(folder, 64) == int(lora.replace(",", ""))

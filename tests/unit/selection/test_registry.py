@@ -189,7 +189,7 @@ def test_a_new_method_is_one_new_file(methods_folder: Path) -> None:
     (methods_folder / "_draft.py").write_text("", encoding="utf-8")
     (methods_folder / "notes.txt").write_text("", encoding="utf-8")
     all_methods.cache_clear()
-    assert list(all_methods()) == sorted([*before[:-1], "first_free"]) + ["full"]
+    assert list(all_methods()) == [*sorted([*before[:-1], "first_free"]), "full"]
     assert all_methods()["first_free"].summary == "the first free weights"
     config = {
         "method": {"name": "first_free", "sampling": "exact", "interval_steps": 9},

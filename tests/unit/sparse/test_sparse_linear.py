@@ -259,7 +259,7 @@ def test_the_dense_gradient_is_shown_for_an_input_that_needs_no_gradient_too() -
 
 
 def test_what_observing_raises_comes_out_of_backward() -> None:
-    layer, weight_OI = make_layer("fp32")
+    layer, _ = make_layer("fp32")
     before = base_bytes(layer)
 
     def fail(grad_output_TO: Tensor, input_TI: Tensor) -> None:
