@@ -13,12 +13,19 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from torch.nn import Parameter
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from sparse_ds.config.errors import UserError
 from sparse_ds.distributed.born_partitioned import PartitionedParameters, slice_of
 from sparse_ds.kernels.nf4 import quantize_nf4
 from sparse_ds.model.base_checkpoint import BaseCheckpoint
+from sparse_ds.model.classification_head import Classification
 from sparse_ds.model.targets import find_targets
 from sparse_ds.selection.random_subset import random_subset
 from sparse_ds.sparse.layout import SparseLayout, num_active_weights
@@ -71,17 +78,28 @@ def read_architecture(checkpoint: BaseCheckpoint) -> PretrainedConfig:
     return config
 
 
-def empty_model(checkpoint: BaseCheckpoint, base: BaseSettings) -> PreTrainedModel:
+def empty_model(
+    checkpoint: BaseCheckpoint, base: BaseSettings, classification: Classification | None = None
+) -> PreTrainedModel:
     """The architecture with parameters on the meta device and real buffers.
+
+    Args:
+        checkpoint: the base model.
+        base: dtype and attention.
+        classification: makes a classifier of it, with a head that is to be installed; None: a causal language model.
 
     Raises:
         UserError: as `read_architecture`; an attention implementation that cannot be had here.
     """
     config = read_architecture(checkpoint)
     config.use_cache = False
+    model_class = AutoModelForCausalLM if classification is None else AutoModelForSequenceClassification
+    if classification is not None:
+        config.num_labels = len(classification.labels)
+        config.pad_token_id = classification.pad_token_id
     try:
         with init_empty_weights(include_buffers=False):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            model: PreTrainedModel = model_class.from_config(
                 config, dtype=base.dtype, attn_implementation=base.attention
             )
     except ImportError as error:
@@ -93,6 +111,9 @@ def empty_model(checkpoint: BaseCheckpoint, base: BaseSettings) -> PreTrainedMod
     except Exception as error:  # values that fit together in type only
         raise _refused_config(checkpoint, error) from error
     model.tie_weights()
+    if classification is not None:
+        # The loss is ours (`training.trainer`), and so is the number of samples that it is divided by.
+        model.accepts_loss_kwargs = False
     return model
 
 

@@ -43,6 +43,8 @@ def run_identity(config: RunConfig, base: BaseCheckpoint, prepared: PreparedMode
         "method": config.method.name,
         "momentum": config.optimizer.momentum,
         "seed": config.train.seed,
+        "task": config.model.task,
+        "labels": None if prepared.classification is None else list(prepared.classification.labels),
         "active_weights": {name: layer.layout.num_active for name, layer in prepared.layers.items()},
     }
 
@@ -127,7 +129,7 @@ class RunCheckpoints:
                 optimizer.load_accumulators(
                     {
                         name: (checkpoint.read(f"{name}.row_accumulator"), checkpoint.read(f"{name}.col_accumulator"))
-                        for name in self._prepared.layers
+                        for name in self._accumulated_names()
                     }
                 )
             else:
@@ -139,18 +141,16 @@ class RunCheckpoints:
                 group["lr"] = learning_rate
 
     def _items(self, master: MasterWeights, optimizer: torch.optim.Optimizer) -> list[StateItem]:
-        layers = self._prepared.layers
-        sparse = {id(layer.values) for layer in layers.values()}
-        dense = {
-            name: parameter
-            for name, parameter in self._prepared.model.named_parameters()
-            if parameter.requires_grad and id(parameter) not in sparse
-        }
-        return state_items(layers, dense, master, _weight_states(optimizer, master))
+        prepared = self._prepared
+        return state_items(prepared.layers, prepared.dense_parameters, master, _weight_states(optimizer, master))
+
+    def _accumulated_names(self) -> list[str]:
+        """Tensors that have row and column accumulators."""
+        return [*self._prepared.layers, *self._prepared.dense_parameters]
 
     def _add_accumulators(self, optimizer: torch.optim.Optimizer, writer: CheckpointWriter) -> None:
         if isinstance(optimizer, SparseSM3):
-            for name in self._prepared.layers:
+            for name in self._accumulated_names():
                 writer.add(f"{name}.row_accumulator", optimizer.row_accumulator(name))
                 writer.add(f"{name}.col_accumulator", optimizer.col_accumulator(name))
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from sparse_ds.config import RunConfig, build_deepspeed_config
 from sparse_ds.distributed.born_partitioned import PartitionedParameters
 from sparse_ds.distributed.process_group import agreement
-from sparse_ds.distributed.zero3_partitions import MasterWeights, local_partition
+from sparse_ds.distributed.zero3_partitions import MasterWeights, full_shape, local_partition
 from sparse_ds.drop_grow.event import DropAndGrow
 from sparse_ds.model.base_checkpoint import BaseCheckpoint
 from sparse_ds.model.build import (
@@ -25,6 +26,7 @@ from sparse_ds.model.build import (
     empty_model,
     plan_layouts,
 )
+from sparse_ds.model.classification_head import Classification, initial_head, install_head
 from sparse_ds.optim.flat_segment import FlatSegment
 from sparse_ds.optim.sm3 import SparseSM3
 from sparse_ds.selection.apply_event import EventResult
@@ -47,10 +49,29 @@ class PreparedModel:
     layers: dict[str, SparseLinear]
     num_trained_weights: int
     num_weights: int
+    classification: Classification | None = None
+
+    @property
+    def dense_parameters(self) -> dict[str, Parameter]:
+        """Name -> parameter that trains as a whole: the head of a classification, everything for `full`."""
+        sparse = {id(layer.values) for layer in self.layers.values()}
+        named = self.model.named_parameters()
+        return {name: each for name, each in named if each.requires_grad and id(each) not in sparse}
 
 
-def prepare_model(config: RunConfig, checkpoint: BaseCheckpoint, device: torch.device) -> PreparedModel:
+def prepare_model(
+    config: RunConfig,
+    checkpoint: BaseCheckpoint,
+    device: torch.device,
+    classification: Classification | None = None,
+) -> PreparedModel:
     """Build the model of the run.
+
+    Args:
+        config: the run.
+        checkpoint: the base model.
+        device: where tensors are quantized.
+        classification: what a run with `model.task` sequence_classification found in its data; else None.
 
     Collectives: agreements on success; every rank must call it.
     """
@@ -66,8 +87,14 @@ def prepare_model(config: RunConfig, checkpoint: BaseCheckpoint, device: torch.d
     )
     layouts: dict[str, SparseLayout] = {}
     with agreement("building the model"):
-        model = empty_model(checkpoint, base)
+        model = empty_model(checkpoint, base, classification)
         num_weights = sum(parameter.numel() for parameter in model.parameters())
+        num_head_weights = 0
+        if classification is not None:
+            head_LD = initial_head(checkpoint, classification, model.config.hidden_size, config.train.seed)
+            dtype = base.dtype if config.method.name == "full" else torch.float32
+            install_head(model, head_LD, dtype, partitioned)
+            num_head_weights = head_LD.numel()
         if config.method.name == "full":
             build_dense_model(checkpoint, model, base, partitioned)
         else:
@@ -75,8 +102,9 @@ def prepare_model(config: RunConfig, checkpoint: BaseCheckpoint, device: torch.d
             layouts = plan_layouts(model, sparse)
             build_sparse_model(checkpoint, model, layouts, base, config.train.seed, partitioned, device)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, SparseLinear)}
-    num_trained = sum(layout.num_active for layout in layouts.values()) if layouts else num_weights
-    return PreparedModel(model, layers, num_trained, num_weights)
+    num_sparse = sum(layout.num_active for layout in layouts.values())
+    num_trained = num_sparse + num_head_weights if layouts else num_weights
+    return PreparedModel(model, layers, num_trained, num_weights, classification)
 
 
 def make_optimizer(config: RunConfig, parameters: list[Parameter]) -> torch.optim.Optimizer:
@@ -134,27 +162,53 @@ def make_training_arguments(
     )
 
 
-def bind_optimizer(optimizer: SparseSM3, layers: dict[str, SparseLinear], master: MasterWeights) -> None:
+def bind_optimizer(
+    optimizer: SparseSM3,
+    layers: dict[str, SparseLinear],
+    master: MasterWeights,
+    dense: Mapping[str, Parameter] | None = None,
+) -> None:
     """Tell SM3 which entries of which matrix lie where in DeepSpeed's flat master weights.
+
+    Args:
+        optimizer: SM3.
+        layers: the sparse layers by name.
+        master: the engine's master weights.
+        dense: parameters that train as a whole, by name.
 
     Collectives: none; every rank must call it (the accumulators must have one layout on all of them).
     """
     name_of = {id(layer.values): name for name, layer in layers.items()}
+    name_of |= {id(parameter): name for name, parameter in (dense or {}).items()}
     for sub_group, flat in enumerate(master.flats):
         segments = []
         for parameter in master.parameters_of(sub_group):
             name = name_of[id(parameter)]
-            layer, where = layers[name], master.slice_of(parameter)
-            segments.append(
-                FlatSegment(
-                    name=name,
-                    offset=where.offset,
-                    length=where.num_real,
-                    num_rows=layer.layout.num_rows,
-                    num_cols=layer.layout.num_cols,
-                    indices=local_partition(layer.indices),
+            where = master.slice_of(parameter)
+            if name in layers:
+                layer = layers[name]
+                segments.append(
+                    FlatSegment(
+                        name=name,
+                        offset=where.offset,
+                        length=where.num_real,
+                        num_rows=layer.layout.num_rows,
+                        num_cols=layer.layout.num_cols,
+                        indices=local_partition(layer.indices),
+                    )
                 )
-            )
+            else:
+                num_rows, *others = full_shape(parameter)
+                segments.append(
+                    FlatSegment(
+                        name=name,
+                        offset=where.offset,
+                        length=where.num_real,
+                        num_rows=num_rows,
+                        num_cols=math.prod(others),
+                        start=where.start,
+                    )
+                )
         optimizer.register_flat(flat, segments)
 
 
