@@ -10,18 +10,39 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from sparse_ds.config.deepspeed_section import find_deepspeed_problems
+from sparse_ds.config.methods import all_methods
 
 if TYPE_CHECKING:
     from sparse_ds.config.schema import CheckpointConfig, DataConfig, MethodConfig, ModelConfig, TrainConfig
 
-IDLE_KEYS_OF_METHOD: Mapping[str, Mapping[str, tuple[str, ...]]] = {
-    "sft_ma": {"optimizer": ("betas",)},
-    "full": {
-        "method": ("density", "target_modules", "interval_steps", "estimation_steps", "initial_drop_fraction"),
-        "optimizer": ("momentum",),
-    },
-}
-"""Method -> section -> keys that only another method uses."""
+OPTIMIZER_KEYS: Mapping[str, tuple[str, ...]] = {"momentum": ("sm3",), "betas": ("adamw",), "moments": ("adamw",)}
+"""Keys of `optimizer` that only one optimizer uses."""
+METHOD_KEYS = (
+    "density",
+    "target_modules",
+    "interval_steps",
+    "estimation_steps",
+    "initial_drop_fraction",
+    "drop_schedule",
+    "drop_criterion",
+    "redistribution_factor",
+    "candidate_source",
+    "gradient_tile_mib",
+    "gradient_accumulator_limit_gib",
+    "random_growth_fraction",
+    "sampling",
+)
+
+
+def idle_keys(method_name: str) -> dict[str, tuple[str, ...]]:
+    """Section -> keys that this method does not use; nothing for a name that is no method."""
+    facts = all_methods().get(method_name)
+    if facts is None:
+        return {}
+    optimizer = tuple(key for key, users in OPTIMIZER_KEYS.items() if facts.optimizer not in users)
+    if facts.trains_all:
+        optimizer = (*optimizer, "moments")
+    return {"method": tuple(key for key in METHOD_KEYS if key not in facts.used_keys), "optimizer": optimizer}
 
 
 def find_conflicts(sections: Mapping[str, Any]) -> list[str]:
@@ -52,7 +73,8 @@ def find_warnings(sections: Mapping[str, Any]) -> list[str]:
     found = []
     if model.double_quantization and model.quantization == "none":
         found.append("model.double_quantization has no effect: model.quantization is none.")
-    if method.name == "sft_ma" and train.max_steps is not None and train.max_steps < method.estimation_steps:
+    has_events = all_methods()[method.name].events != "none"
+    if has_events and train.max_steps is not None and train.max_steps < method.estimation_steps:
         found.append(
             f"No drop-and-grow event will happen: the first is at step {method.estimation_steps} "
             f"(method.estimation_steps) and train.max_steps is {train.max_steps}."
@@ -66,18 +88,20 @@ def find_warnings(sections: Mapping[str, Any]) -> list[str]:
 
 
 def _method_conflicts(method: MethodConfig, sections: Mapping[str, Any]) -> Iterator[str]:
-    if method.interval_steps <= method.estimation_steps:
+    facts = all_methods()[method.name]
+    if facts.events == "repeated" and method.interval_steps <= method.estimation_steps:
         yield (
             f"method.interval_steps: got {method.interval_steps}, expected more than method.estimation_steps "
             f"({method.estimation_steps}): the estimation before an event must fit between two events."
         )
-    for section, keys in IDLE_KEYS_OF_METHOD[method.name].items():
+    for section, keys in idle_keys(method.name).items():
         given = sections.get(section)
         for key in keys:
             if given is not None and key in given.model_fields_set:
+                users = [name for name in all_methods() if key not in idle_keys(name)[section]]
                 yield (
-                    f"{section}.{key}: given, but method.name {method.name} does not use it. Remove it, or choose the "
-                    f"method that does ({'full' if method.name == 'sft_ma' else 'sft_ma'})."
+                    f"{section}.{key}: given, but method.name {method.name} does not use it. Remove it, or choose a "
+                    f"method that does ({', '.join(users)})."
                 )
 
 
@@ -85,7 +109,7 @@ def _model_conflicts(model: ModelConfig, method: MethodConfig | None, train: Tra
     if method is not None and method.name == "full" and model.quantization != "none":
         yield (
             f"model.quantization: got {model.quantization}, expected none with method.name full: 4-bit weights cannot "
-            "be trained themselves. Set model.quantization to none or method.name to sft_ma."
+            "be trained themselves. Set model.quantization to none, or choose a sparse method."
         )
     if model.attention == "flash_attention_2" and model.dtype == "float32":
         yield (

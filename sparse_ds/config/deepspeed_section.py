@@ -124,12 +124,13 @@ def _check_offload(section: Mapping[str, Any], method_name: str | None) -> Itera
         if offload.get("device") != "nvme":
             continue
         field = f"deepspeed.zero_optimization.{name}"
-        if name == "offload_optimizer" and method_name == "sft_ma":
+        is_sparse = method_name is not None and method_name != "full"
+        if name == "offload_optimizer" and is_sparse:
             yield (
-                f"{field}.device: got nvme, expected cpu or none: SM3 keeps maxima of rows and columns, and NVMe "
-                "offload takes only state of the weights' own shape."
+                f"{field}.device: got nvme, expected cpu or none: NVMe offload takes only fp32 state of the weights' "
+                "own shape, and the sparse optimizers keep ages, or maxima of rows and columns."
             )
-        elif name == "offload_param" and method_name == "sft_ma":
+        elif name == "offload_param" and is_sparse:
             yield (
                 f"{field}.device: got nvme, expected cpu or none: its buffers have the model's dtype, and indices and "
                 "packed weights have not."

@@ -14,7 +14,7 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from sparse_ds.config.conflicts import IDLE_KEYS_OF_METHOD, find_conflicts
+from sparse_ds.config.conflicts import find_conflicts, idle_keys
 from sparse_ds.config.errors import UserError
 from sparse_ds.config.messages import describe_value, translate_errors
 from sparse_ds.config.schema import RunConfig
@@ -180,7 +180,7 @@ def _displace_alternatives(data: dict[str, Any], given: Mapping[str, Any]) -> No
         for field, other in (pair, pair[::-1]):
             if given.get(field) is not None and other not in given:
                 displaced.append(other)
-    for section, keys in IDLE_KEYS_OF_METHOD.get(str(given.get("method.name")), {}).items():
+    for section, keys in idle_keys(str(given.get("method.name"))).items():
         displaced += [f"{section}.{key}" for key in keys if f"{section}.{key}" not in given]
     for field in displaced:
         section, key = field.split(".")

@@ -11,15 +11,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from sparse_ds.config.conflicts import (
-    IDLE_KEYS_OF_METHOD,
-    find_conflicts,
-    find_idle_task_keys,
-    find_warnings,
-)
+from sparse_ds.config.conflicts import find_conflicts, find_idle_task_keys, find_warnings, idle_keys
 from sparse_ds.config.errors import UserError
+from sparse_ds.config.methods import all_methods
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Text = Annotated[str, Field(min_length=1)]
@@ -105,9 +101,9 @@ class DataConfig(_Section):
 class MethodConfig(_Section):
     """Which weights train."""
 
-    name: Literal["sft_ma", "full"] = "sft_ma"
-    """`sft_ma`: a sparse set of weights, moved by drop-and-grow, trained by SM3 (Ansell et al. 2024, arXiv 2401.16405);
-    `full`: every weight, trained by AdamW (the dense baseline)."""
+    name: Annotated[str, Field(json_schema_extra={"enum": list(all_methods())})] = "sft_ma"
+    """One of the files in sparse_ds/selection/methods (`sft_ag`, `sft_ma`, `sparta`, `fisher`,
+    `accumulated_gradient`), each of which says what it does; or `full`: every weight, trained by AdamW."""
     density: Annotated[float, Field(gt=0, le=1)] = 0.025
     """Trained share of each target matrix, a fraction above 0 up to 1; of N weights floor(density * N) train."""
     target_modules: Annotated[list[Text], Field(min_length=1)] | Literal["all-linear"] = "all-linear"
@@ -120,21 +116,53 @@ class MethodConfig(_Section):
     initial_drop_fraction: Annotated[float, Field(gt=0, le=1)] = 0.2
     """alpha, a fraction above 0 up to 1: the event at step t of T drops floor(alpha * (1 - t / T) * K) of K weights,
     the first event all K, and grows as many; a weight that is dropped and grown stays as it is."""
+    drop_schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """How the dropped share falls over the run: alpha * (1 - t / T), alpha * (1 + cos(pi * t / T)) / 2, or alpha."""
+    drop_criterion: Literal["magnitude", "change"] = "magnitude"
+    """Dropped are the weights of smallest |value|, or of smallest |change since the last event| (4 more bytes a trained
+    weight)."""
+    redistribution_factor: Annotated[float, Field(gt=1)] | None = None
+    """Let events move trained weights between matrices, to where their growth scores are largest; the total stays. A
+    matrix may come to hold up to this many times its first number, above 1, and needs memory for as many; null: every
+    matrix keeps its number."""
+    candidate_source: Literal["micro_batch", "step"] = "micro_batch"
+    """The gradient by which candidates are found: of the first micro batch of an estimation phase (over all ranks), or
+    of its whole first step, which for that step takes 4 bytes per weight of the target matrices / ranks."""
+    gradient_tile_mib: PositiveInt = 64
+    """Bound on the transient memory in which dense gradients are looked through piece by piece, in MiB."""
+    gradient_accumulator_limit_gib: Annotated[float, Field(gt=0)] = 4.0
+    """The most that a dense gradient accumulator may take per rank, in GiB (`method.candidate_source` step, `fisher`,
+    `accumulated_gradient`); a run that needs more is refused at its start."""
+    random_growth_fraction: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of the grown weights that is drawn at random, 0 to 1: keeps SFT-MA's active weights from gathering in few
+    rows and columns."""
+    sampling: Literal["exact", "bernoulli"] = "exact"
+    """How the random weights of `sparta` are drawn: exactly floor(density * N) of them, or each with probability
+    `density`."""
+
+    @field_validator("name")
+    @classmethod
+    def _is_known(cls, name: str) -> str:
+        if name not in all_methods():
+            raise ValueError("unknown method")
+        return name
 
 
 class OptimizerConfig(_Section):
-    """SM3 for `sft_ma`, AdamW for `full`, and the learning rate over the run."""
+    """SM3 for `sft_ma`, AdamW for all other methods, and the learning rate over the run."""
 
     learning_rate: Annotated[float, Field(gt=0)]
     """The highest learning rate, reached after the warm-up; above 0."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """Decoupled decay, 0 or more: of the deltas, towards the base model (`sft_ma`), or of the weights (`full`)."""
+    """Decoupled decay, 0 or more: of the deltas, towards the base model, or of the weights (`full`)."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Momentum of SM3, from 0 (none, no state) to below 1; `sft_ma` only."""
     betas: Annotated[
         tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]], Field(strict=False)
     ] = (0.9, 0.999)
-    """Decay rates of AdamW's two moments, each from 0 to below 1; `full` only."""
+    """Decay rates of AdamW's two moments, each from 0 to below 1."""
+    moments: Literal["float32", "bfloat16", "int8"] = "float32"
+    """How AdamW's two moments of the sparse values are kept: 8, 4 or about 2 bytes per trained weight."""
     eps: Annotated[float, Field(gt=0)] | None = None
     """Keeps the step of a weight with tiny gradients finite, above 0; null: 1e-8. AdamW adds it to the root of the
     second moment, SM3 to the accumulated squares inside the root."""
@@ -284,7 +312,7 @@ class RunConfig(_Section):
         sections: dict[str, Any] = self.model_dump(mode="json")
         for section, keys in _find_idle_keys(self).items():
             for key in keys:
-                del sections[section][key]
+                sections[section].pop(key, None)
         return sections
 
     def warnings(self) -> list[str]:
@@ -294,7 +322,7 @@ class RunConfig(_Section):
 
 def _find_idle_keys(config: RunConfig) -> dict[str, tuple[str, ...]]:
     """Section -> keys that this run does not use because another key chose their alternative."""
-    idle = {**IDLE_KEYS_OF_METHOD[config.method.name], **find_idle_task_keys(config.model)}
+    idle = {**idle_keys(config.method.name), **find_idle_task_keys(config.model)}
     if config.train.max_steps is not None:
         idle["train"] = ("num_epochs",)
     return idle

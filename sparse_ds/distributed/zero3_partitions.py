@@ -101,14 +101,22 @@ class MasterWeights:
         self.view(parameter).copy_(values)
         local_partition(parameter).copy_(values)
 
+    def padding_of(self, sub_group: int) -> list[tuple[int, int]]:
+        """[begin, end) ranges of the flat tensor of `sub_group` that belong to no parameter, ascending."""
+        ranges, end = [], 0
+        slices = [self.slice_of(parameter) for parameter in self.parameters_of(sub_group)]
+        for where in sorted(slices, key=lambda where: where.offset):
+            if where.offset > end:
+                ranges.append((end, where.offset))
+            end = where.offset + where.num_real
+        num_elements = self.flats[sub_group].numel()
+        return [*ranges, (end, num_elements)] if end < num_elements else ranges
+
     def zero_padding(self) -> None:
         """Set the elements of the masters that belong to no parameter to zero (they start uninitialised)."""
         for sub_group, flat in enumerate(self.flats):
-            real = torch.zeros(flat.numel(), dtype=torch.bool, device=flat.device)
-            for parameter in self.parameters_of(sub_group):
-                where = self.slice_of(parameter)
-                real.narrow(0, where.offset, where.num_real).fill_(True)
-            flat.detach().masked_fill_(~real, 0.0)
+            for begin, end in self.padding_of(sub_group):
+                flat.detach()[begin:end] = 0.0
 
 
 GATHER_BYTES = 2**28

@@ -1,7 +1,7 @@
 """One drop-and-grow event over all target tensors of a ZeRO-3 model.
 
     for each batch of tensors (about 256 MiB of gathered data):
-        gather      indices, master values and per-weight optimizer state of all ranks        one all-gather
+        gather      indices, master values, state per weight, sums of the candidates          one all-gather
         select      dropped and grown weights of each tensor      every rank computes the same: no communication
         write       this rank's slice of the new indices, values and state                    local
     release         all gathered parameters: they hold the old contents
@@ -10,19 +10,24 @@
 The inputs of the selection are gathered or all-reduced, so they are bit-identical on every rank; so is the outcome, and
 the comparison proves it. A rank that would decide otherwise stops the run instead of letting the ranks drift apart.
 
+With redistribution a first pass over the same batches only asks what could grow, and `redistribution.allot` decides how
+many weights each tensor gets.
+
 Reference: Scaling Sparse Fine-Tuning to Large Language Models (Ansell et al. 2024, arXiv 2401.16405), section 3.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from sparse_ds.distributed.process_group import rank, world_size
 from sparse_ds.distributed.zero3_partitions import (
     MasterWeights,
     batches_to_gather,
@@ -31,18 +36,38 @@ from sparse_ds.distributed.zero3_partitions import (
     owned_range,
     require_equal,
 )
+from sparse_ds.drop_grow.estimation import EstimationPhase
+from sparse_ds.drop_grow.redistribution import Allotment, allot
+from sparse_ds.drop_grow.weight_states import States, WeightStates
 from sparse_ds.selection.apply_event import EventResult, carry_over
+from sparse_ds.selection.drop import smallest_magnitude
+from sparse_ds.selection.evidence import Evidence
+from sparse_ds.selection.registry import Growth, select, select_resized, without
 from sparse_ds.sparse.index_hash import IndexHash
-from sparse_ds.sparse.layout import SparseLayout
 from sparse_ds.sparse.sparse_linear import SparseLinear
 
+Accumulators = Callable[[str], tuple[Tensor, Tensor]]
+"""name -> (row, col) accumulators of SM3."""
 
-class Selector(Protocol):
-    """Decides one tensor's event from global data only, identically on every rank, without communication."""
 
-    def __call__(
-        self, name: str, layout: SparseLayout, indices_K: Tensor, values_K: Tensor, num_to_replace: int
-    ) -> EventResult: ...
+class Seeds(NamedTuple):
+    """With what state a grown weight begins."""
+
+    betas: tuple[float, float] | None
+    """AdamW's, to seed its moments with those of a weight that has had the gradients of the phase; None: with 0."""
+    birth_step: int
+    """Applied steps at which the age of the grown weights is 0."""
+
+
+@dataclass(frozen=True)
+class TensorRecord:
+    """What one event did to one tensor, and how its active weights lie after it."""
+
+    num_replaced: int
+    num_active: int
+    num_rows: int
+    """Rows that hold an active weight."""
+    num_cols: int
 
 
 @dataclass(frozen=True)
@@ -55,6 +80,20 @@ class EventRecord:
     num_active: int
     index_hash: str
     wall_s: float
+    tensors: dict[str, TensorRecord]
+    birth_steps: dict[int, int]
+    """Applied steps at which the age was 0 -> active weights after the event that have been there since."""
+
+
+@dataclass(frozen=True)
+class _Gathered:
+    """One tensor, global, as every rank sees it."""
+
+    indices: Tensor
+    values: Tensor
+    states: dict[str, Tensor]
+    sums: tuple[Tensor, Tensor, Tensor] | None
+    """Candidates, sum of g, sum of g^2."""
 
 
 class DropAndGrow:
@@ -63,9 +102,13 @@ class DropAndGrow:
     Args:
         layers: the sparse layers by module name, in the same order on every rank.
         master: the engine's master weights.
-        weight_states: optimizer state per active weight, each a list of flat tensors like `master.flats`; kept with
-            the weights that stay, zero for grown ones.
-        selector: the method's decision.
+        weight_states: kept with the weights that stay; grown ones begin with 0 or the seeds.
+        growth: the method's.
+        estimation: whose candidates may grow; None for a method without candidates.
+        accumulators: SM3's; None for a method without them.
+        seed: of the run.
+        random_growth_fraction: share of the growth that is drawn at random.
+        redistributes: weights may move between tensors.
         device: where to gather and select.
     """
 
@@ -73,63 +116,185 @@ class DropAndGrow:
         self,
         layers: dict[str, SparseLinear],
         master: MasterWeights,
-        weight_states: Sequence[Sequence[Tensor]],
-        selector: Selector,
+        weight_states: WeightStates,
+        growth: Growth,
+        *,
+        estimation: EstimationPhase | None,
+        accumulators: Accumulators | None,
+        seed: int,
+        random_growth_fraction: float,
+        redistributes: bool,
         device: torch.device,
     ) -> None:
         self._layers, self._master, self._weight_states = layers, master, weight_states
-        self._selector, self._device = selector, device
+        self._growth, self._estimation, self._accumulators = growth, estimation, accumulators
+        self._seed, self._random_growth_fraction = seed, random_growth_fraction
+        self._redistributes, self._device = redistributes, device
 
-    def run(self, step: int, num_to_replace: dict[str, int]) -> EventRecord:
+    def run(self, step: int, num_to_replace: dict[str, int], seeds: Seeds) -> EventRecord:
         """Exchange up to `num_to_replace[name]` weights of each tensor.
 
         The caller releases gathered parameters afterwards (`engine.empty_partition_cache()`): until then a gathered
         parameter holds its old contents.
 
-        Collectives: one all-gather per batch of tensors, then one small gather; every rank must call it at the same
-        step. Raises RuntimeError on every rank if the ranks do not agree.
+        Collectives: those of `EstimationPhase.finish_phase`, one all-gather per batch of tensors (two with
+        redistribution), then one small gather; every rank must call it at the same step. Raises RuntimeError on every
+        rank if the ranks do not agree.
         """
         started = time.perf_counter()
-        num_dropped = 0
+        if self._estimation is not None:
+            self._estimation.finish_phase()
+            if self._estimation.num_counted_steps == 0:
+                num_to_replace = dict.fromkeys(num_to_replace, 0)
+        states = self._weight_states.read()
+        allotment = self._allot(step, num_to_replace, states) if self._redistributes else None
+        tensors: dict[str, TensorRecord] = {}
+        births: Counter[int] = Counter()
         index_hash = IndexHash()
-        for batch in batches_to_gather(self._layers, self._bytes_of):
-            for name, tensors in zip(batch, self._gather(batch), strict=True):
-                result = self._selector(name, self._layers[name].layout, tensors[0], tensors[1], num_to_replace[name])
-                self._write(name, result, tensors)
-                num_dropped += result.num_replaced
-                index_hash.add(name, result.indices)
+        for name, gathered in self._gather_all(states):
+            evidence = self._evidence(name, step, gathered)
+            if allotment is None:
+                result = select(self._growth, evidence, num_to_replace[name])
+            else:
+                result = select_resized(
+                    self._growth, evidence, allotment.num_to_drop[name], allotment.num_to_grow[name]
+                )
+            births += self._write(name, result, gathered, states, seeds)
+            index_hash.add(name, result.indices)
+            tensors[name] = self._describe(name, result)
+        self._weight_states.write(states)
+        if self._estimation is not None:
+            self._estimation.forget()
         require_equal(index_hash.hexdigest(), f"the set of active weights after the event at step {step}")
+        num_replaced = sum(tensor.num_replaced for tensor in tensors.values())
         return EventRecord(
             step=step,
-            num_dropped=num_dropped,
-            num_grown=num_dropped,
-            num_active=sum(layer.layout.num_active for layer in self._layers.values()),
+            num_dropped=num_replaced,
+            num_grown=num_replaced,
+            num_active=sum(tensor.num_active for tensor in tensors.values()),
             index_hash=index_hash.hexdigest(),
             wall_s=time.perf_counter() - started,
+            tensors=tensors,
+            birth_steps=dict(sorted(births.items())),
         )
 
-    def _bytes_of(self, name: str) -> int:
+    def _allot(self, step: int, num_to_drop: dict[str, int], states: States) -> Allotment | None:
+        """How many weights each tensor drops and grows, by the growth scores of all tensors."""
+        scores, room = {}, {}
+        for name, gathered in self._gather_all(states):
+            evidence = self._evidence(name, step, gathered)
+            dropped = smallest_magnitude(evidence.drop_scores, evidence.indices, num_to_drop[name])
+            staying = without(evidence.indices, dropped)
+            room[name] = self._layers[name].layout.num_slots - staying.numel()
+            scores[name] = self._growth(evidence, staying, room[name]).scores
+            # Every rank has all of them: it keeps its share, so that all tensors' scores together are O(K / R).
+            scores[name] = scores[name][rank() :: world_size()].clone()
+        return allot(num_to_drop, scores)
+
+    def _evidence(self, name: str, step: int, gathered: _Gathered) -> Evidence:
+        row_acc = col_acc = None
+        if self._accumulators is not None:
+            row_acc, col_acc = (acc.to(self._device) for acc in self._accumulators(name))
+        changes = gathered.values
+        if "event_value" in gathered.states:
+            changes = gathered.values - gathered.states["event_value"]
+        return Evidence(
+            name=name,
+            layout=self._layers[name].layout,
+            indices=gathered.indices,
+            drop_scores=changes.abs(),
+            candidates=None if gathered.sums is None else gathered.sums[0],
+            candidate_scores=None if gathered.sums is None else gathered.sums[1].abs(),
+            row_acc=row_acc,
+            col_acc=col_acc,
+            step=step,
+            seed=self._seed,
+            random_growth_fraction=self._random_growth_fraction,
+        )
+
+    def _gather_all(self, states: States) -> Iterator[tuple[str, _Gathered]]:
+        """Every tensor, a batch gathered at a time."""
+        for batch in batches_to_gather(self._layers, lambda name: self._bytes_of(name, len(states))):
+            parameters, partitions = [], []
+            for name in batch:
+                layer = self._layers[name]
+                own = [local_partition(layer.indices), self._master.view(layer.values)]
+                own += [self._master.view(layer.values, flats) for flats in states.values()]
+                if self._has_sums:
+                    assert self._estimation is not None
+                    sums = self._estimation.sums(name)
+                    own += [sums.indices, sums.gradient, sums.gradient_square]
+                partitions += own
+                parameters += [layer.values] * len(own)
+            gathered = gather_partitions(parameters, partitions, self._device)
+            width = len(gathered) // len(batch)
+            for position, name in enumerate(batch):
+                yield name, self._unpack(name, gathered[position * width : (position + 1) * width], states)
+
+    @property
+    def _has_sums(self) -> bool:
+        return self._estimation is not None and self._estimation.num_counted_steps > 0
+
+    def _unpack(self, name: str, tensors: list[Tensor], states: States) -> _Gathered:
+        num_active = self._layers[name].num_active
+        indices, values, *rest = (tensor[:num_active] for tensor in tensors[: 2 + len(states)])
+        sums = tensors[2 + len(states) :]
+        return _Gathered(
+            indices, values, dict(zip(states, rest, strict=True)), (sums[0], sums[1], sums[2]) if sums else None
+        )
+
+    def _bytes_of(self, name: str, num_states: int) -> int:
         layout = self._layers[name].layout
-        return layout.num_active * (layout.index_dtype.itemsize + 4 * (1 + len(self._weight_states)))
+        num_sums = 3 if self._has_sums else 0
+        return layout.num_slots * (layout.index_dtype.itemsize + 4 * (1 + num_states + num_sums))
 
-    def _gather(self, batch: list[str]) -> list[list[Tensor]]:
-        """Per tensor: [indices, values, states...], each [K] and global."""
-        parameters, partitions = [], []
-        for name in batch:
-            layer = self._layers[name]
-            parameters += [layer.indices] + [layer.values] * (1 + len(self._weight_states))
-            partitions += [local_partition(layer.indices), self._master.view(layer.values)]
-            partitions += [self._master.view(layer.values, state) for state in self._weight_states]
-        gathered = gather_partitions(parameters, partitions, self._device)
-        width = 2 + len(self._weight_states)
-        return [gathered[i * width : (i + 1) * width] for i in range(len(batch))]
-
-    def _write(self, name: str, result: EventResult, tensors: list[Tensor]) -> None:
+    def _write(self, name: str, result: EventResult, gathered: _Gathered, states: States, seeds: Seeds) -> Counter[int]:
+        """Returns the birth steps of the tensor's active weights after the event, counted."""
         layer = self._layers[name]
         start, num_real = owned_range(layer.values)
         own = slice(start, start + num_real)
-        source = result.source[own]
-        local_partition(layer.indices).copy_(result.indices[own])
-        self._master.write_values(layer.values, carry_over(tensors[1], source))
-        for state, state_K in zip(self._weight_states, tensors[2:], strict=True):
-            self._master.view(layer.values, state).copy_(carry_over(state_K, source))
+        layer.num_active = result.indices.numel()
+        values = carry_over(gathered.values, result.source)
+        new_states = {state: carry_over(old, result.source) for state, old in gathered.states.items()}
+        self._seed_grown(result, gathered, new_states, seeds)
+        if "event_value" in new_states:
+            new_states["event_value"] = values
+        local_partition(layer.indices).copy_(_slots(result.indices, layer)[own])
+        self._master.write_values(layer.values, _slots(values, layer)[own])
+        for state, new in new_states.items():
+            self._master.view(layer.values, states[state]).copy_(_slots(new, layer)[own])
+        steps, counts = torch.unique(new_states["birth_step"], return_counts=True)
+        return Counter(dict(zip(steps.tolist(), counts.tolist(), strict=True)))
+
+    def _seed_grown(
+        self, result: EventResult, gathered: _Gathered, new_states: dict[str, Tensor], seeds: Seeds
+    ) -> None:
+        """State of the grown weights, in place: as if their gradients of the phase had gone into the moments."""
+        grown = (result.source < 0).nonzero().view(-1)
+        new_states["birth_step"][grown] = seeds.birth_step
+        if seeds.betas is None or gathered.sums is None:
+            return
+        assert self._estimation is not None
+        num_steps = self._estimation.num_counted_steps
+        candidates, gradient_sum, square_sum = gathered.sums
+        places = torch.searchsorted(candidates, result.indices[grown])
+        beta1, beta2 = seeds.betas
+        new_states["exp_avg"][grown] = gradient_sum[places] * ((1 - beta1**num_steps) / num_steps)
+        new_states["exp_avg_sq"][grown] = square_sum[places] * ((1 - beta2**num_steps) / num_steps)
+
+    def _describe(self, name: str, result: EventResult) -> TensorRecord:
+        layout = self._layers[name].layout
+        num_cols = torch.bincount(layout.cols_of(result.indices.long()), minlength=1).count_nonzero()
+        return TensorRecord(
+            num_replaced=result.num_replaced,
+            num_active=result.indices.numel(),
+            num_rows=torch.unique_consecutive(layout.rows_of(result.indices)).numel(),
+            num_cols=int(num_cols),
+        )
+
+
+def _slots(active: Tensor, layer: SparseLinear) -> Tensor:
+    """[S] with zeros behind the active weights."""
+    padded = active.new_zeros(layer.layout.num_slots)
+    padded[: active.numel()] = active
+    return padded

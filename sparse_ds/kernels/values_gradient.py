@@ -37,22 +37,29 @@ def values_gradient(
     Returns:
         [K] fp32. The products accumulate in fp32; on CPU with 16-bit inputs each sum is rounded to 16 bits once.
     """
-    num_rows, num_cols = grad_output_TO.shape[1], input_TI.shape[1]
+    num_cols = input_TI.shape[1]
     gradient_K = torch.empty(indices_K.numel(), dtype=torch.float32, device=indices_K.device)
     for block, (begin, end) in enumerate(pairwise(boundaries)):
         if begin == end:
             continue
         first_row = block * num_rows_in_block
-        last_row = min(first_row + num_rows_in_block, num_rows)
-        # Copying the small operand first makes the bf16 product on CPU about twice as fast.
-        grad_output_BT = grad_output_TO[:, first_row:last_row].t().contiguous()
-        if input_TI.is_cuda and input_TI.dtype != torch.float32:
-            dense_BI = torch.mm(grad_output_BT, input_TI, out_dtype=torch.float32)
-        else:
-            dense_BI = torch.mm(grad_output_BT, input_TI)
+        dense_BI = gradient_block(grad_output_TO, input_TI, first_row, num_rows_in_block)
         positions = indices_K[begin:end].long() - first_row * num_cols
         gradient_K[begin:end] = dense_BI.view(-1).index_select(0, positions)
     return gradient_K
+
+
+def gradient_block(grad_output_TO: Tensor, input_TI: Tensor, first_row: int, num_rows: int) -> Tensor:
+    """Up to `num_rows` rows of the dense weight gradient, from `first_row` on.
+
+    Returns:
+        [B, I]; on CUDA fp32, on CPU the dtype of the input.
+    """
+    # Copying the small operand first makes the bf16 product on CPU about twice as fast.
+    grad_output_BT = grad_output_TO[:, first_row : first_row + num_rows].t().contiguous()
+    if input_TI.is_cuda and input_TI.dtype != torch.float32:
+        return torch.mm(grad_output_BT, input_TI, out_dtype=torch.float32)
+    return torch.mm(grad_output_BT, input_TI)
 
 
 def reference_values_gradient(grad_output_TO: Tensor, input_TI: Tensor, indices_K: Tensor) -> Tensor:

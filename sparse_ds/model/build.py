@@ -6,10 +6,12 @@ checkpoint is read once, one at a time; a rank quantizes target weights, keeps i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from torch.nn import Parameter
@@ -27,6 +29,7 @@ from sparse_ds.kernels.nf4 import quantize_nf4
 from sparse_ds.model.base_checkpoint import BaseCheckpoint
 from sparse_ds.model.classification_head import Classification
 from sparse_ds.model.targets import find_targets
+from sparse_ds.selection.bernoulli_subset import bernoulli_subset
 from sparse_ds.selection.random_subset import random_subset
 from sparse_ds.sparse.layout import SparseLayout, num_active_weights
 from sparse_ds.sparse.sparse_linear import SparseLinear
@@ -51,6 +54,10 @@ class SparseSettings:
     target_modules: Sequence[str] | str
     density: float
     seed: int
+    bernoulli: bool = False
+    """Every weight is active with probability `density`, instead of exactly floor(density * N) of them."""
+    slots_per_active: float = 1.0
+    """Room in each matrix: this many times its active weights, at most all its weights."""
 
 
 def read_architecture(checkpoint: BaseCheckpoint) -> PretrainedConfig:
@@ -137,13 +144,23 @@ def plan_layouts(model: nn.Module, sparse: SparseSettings) -> dict[str, SparseLa
         assert isinstance(linear, nn.Linear)
         num_elements = linear.in_features * linear.out_features
         num_active = num_active_weights(sparse.density, num_elements)
+        if sparse.bernoulli:
+            num_active = bernoulli_subset(num_elements, sparse.density, seed=sparse.seed, name=name).numel()
         if num_active == 0:
             raise UserError(
                 f"method.density: {sparse.density} of the {num_elements} weights of {name} is less than one weight; "
                 f"expected a density of at least {1.01 / num_elements:.3g} for this layer."
             )
-        layouts[name] = SparseLayout(linear.out_features, linear.in_features, num_active)
+        num_slots = min(num_elements, math.floor(sparse.slots_per_active * num_active))
+        layouts[name] = SparseLayout(linear.out_features, linear.in_features, num_active, num_slots - num_active)
     return layouts
+
+
+def initial_indices(layout: SparseLayout, sparse: SparseSettings, name: str) -> Tensor:
+    """[K] int64, the random weights that are active first: the same on every machine and world size."""
+    if sparse.bernoulli:
+        return bernoulli_subset(layout.num_elements, sparse.density, seed=sparse.seed, name=name)
+    return random_subset(layout.num_elements, layout.num_active, seed=sparse.seed, name=name)
 
 
 def build_sparse_model(
@@ -151,14 +168,14 @@ def build_sparse_model(
     model: PreTrainedModel,
     layouts: dict[str, SparseLayout],
     base: BaseSettings,
-    seed: int,
+    sparse: SparseSettings,
     partitioned: PartitionedParameters,
     device: torch.device,
 ) -> None:
     """Fill `model` (from `empty_model`) in place: target layers become `SparseLinear`, everything else is frozen.
 
     Args:
-        seed: of the random initial indices (with the tensor's name; the same on every world size).
+        sparse: which weights train.
         device: where tensors are quantized.
 
     Memory: the partitions, plus one full tensor at a time.
@@ -166,9 +183,9 @@ def build_sparse_model(
     """
     for name, layout in layouts.items():
         parent, _, child = name.rpartition(".")
-        make = _SparseMaker(checkpoint, name, layout, base, partitioned, device)
+        make = _SparseMaker(checkpoint, name, layout, base, sparse, partitioned, device)
         has_bias = model.get_submodule(name).bias is not None
-        setattr(model.get_submodule(parent), child, make.layer(seed, has_bias=has_bias))
+        setattr(model.get_submodule(parent), child, make.layer(has_bias=has_bias))
     _fill_remaining(checkpoint, model, base.dtype, partitioned, trainable=False)
 
 
@@ -191,13 +208,14 @@ class _SparseMaker:
         name: str,
         layout: SparseLayout,
         base: BaseSettings,
+        sparse: SparseSettings,
         partitioned: PartitionedParameters,
         device: torch.device,
     ) -> None:
-        self.checkpoint, self.name, self.layout, self.base = checkpoint, name, layout, base
+        self.checkpoint, self.name, self.layout, self.base, self.sparse = checkpoint, name, layout, base, sparse
         self.partitioned, self.device = partitioned, device
 
-    def layer(self, seed: int, *, has_bias: bool) -> SparseLinear:
+    def layer(self, *, has_bias: bool) -> SparseLinear:
         layout = self.layout
         shape = (layout.num_rows, layout.num_cols)
         weight_OI = _read(self.checkpoint, f"{self.name}.weight", shape, self.base.dtype)
@@ -210,10 +228,10 @@ class _SparseMaker:
                 tensors["nested_statistics"] = self._frozen(quantized.nested_statistics)
         else:
             tensors["weight"] = self._frozen(weight_OI)
-        indices_K = random_subset(layout.num_elements, layout.num_active, seed=seed, name=self.name)
-        tensors["indices"] = self._frozen(indices_K.to(layout.index_dtype))
+        indices_K = initial_indices(layout, self.sparse, self.name)
+        tensors["indices"] = self._frozen(F.pad(indices_K, (0, layout.spare_slots)).to(layout.index_dtype))
         tensors["values"] = self.partitioned.make(
-            (layout.num_active,), torch.float32, lambda partition, start: None, requires_grad=True
+            (layout.num_slots,), torch.float32, lambda partition, start: None, requires_grad=True
         )
         if has_bias:
             bias_O = _read(self.checkpoint, f"{self.name}.bias", (layout.num_rows,), self.base.dtype)

@@ -26,7 +26,7 @@ accumulators as growth scores: Scaling Sparse Fine-Tuning to Large Language Mode
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, overload
 
 import torch
@@ -177,6 +177,11 @@ class SparseSM3(torch.optim.Optimizer):
         """What `finish_step` will make current; the buffer to reduce with MAX across ranks, in place."""
         return self._accumulators.pending
 
+    @property
+    def accumulator_names(self) -> list[str]:
+        """All registered tensors, in the order of the buffer."""
+        return list(self._accumulators.shapes)
+
     def row_accumulator(self, name: str) -> Tensor:
         """[num_rows] fp32 view of `accumulators`."""
         return self._accumulators.split(name, self._accumulators.committed)[0]
@@ -241,6 +246,15 @@ class SparseSM3(torch.optim.Optimizer):
         """Make the pending accumulators current; once a step, after its `step` calls and the reduction."""
         self._accumulators.commit()
         self._stepped.clear()
+
+    def read_weight_states(self) -> dict[str, list[Tensor]]:
+        """State per weight: `exp_avg` with momentum, else nothing; one tensor per flat, the state itself."""
+        if not any(group["momentum"] for group in self.param_groups):
+            return {}
+        return {"exp_avg": [self.state[flat]["exp_avg"] for flat in self._segments]}
+
+    def write_weight_states(self, states: Mapping[str, list[Tensor]]) -> None:
+        """Nothing is left to do: what `read_weight_states` returns is the state itself."""
 
     def state_dict(self) -> dict[str, Any]:
         """As of every torch optimizer, plus `accumulators`: `(row, col)` by tensor name. Call it between steps."""

@@ -13,9 +13,9 @@ class EventResult:
     """What an event does to one tensor.
 
     Attributes:
-        indices: [K] new indices, dtype of the old ones, unique, ascending.
-        source: [K] int64, for each new slot the old slot whose weight it holds, or -1 if the weight was grown.
-        num_replaced: how many slots were grown (as many weights were dropped).
+        indices: [n] new indices, dtype of the old ones, unique, ascending; n = K if as many grow as are dropped.
+        source: [n] int64, for each new slot the old slot whose weight it holds, or -1 if the weight was grown.
+        num_replaced: how many slots were grown, those that kept their weight not counted.
     """
 
     indices: Tensor
@@ -24,7 +24,7 @@ class EventResult:
 
 
 def apply_event(indices_K: Tensor, drop_positions: Tensor, grown_indices: Tensor) -> EventResult:
-    """Drop some active weights and grow as many others.
+    """Drop some active weights and grow others, usually as many.
 
     A weight that is both dropped and grown keeps its slot's value and state, and does not count as replaced.
 
@@ -33,11 +33,8 @@ def apply_event(indices_K: Tensor, drop_positions: Tensor, grown_indices: Tensor
     Args:
         indices_K: [K] int32 or int64, unique, ascending.
         drop_positions: [k] int64, unique positions in `indices_K`.
-        grown_indices: [k] flat indices, unique, none of them active unless it is dropped too.
+        grown_indices: flat indices, unique, none of them active unless it is dropped too.
     """
-    assert drop_positions.numel() == grown_indices.numel(), (
-        f"{drop_positions.numel()} weights dropped, {grown_indices.numel()} grown: K must stay the same"
-    )
     num_active = indices_K.numel()
     slots = torch.arange(num_active, device=indices_K.device)
     kept = torch.ones(num_active, dtype=torch.bool, device=indices_K.device)

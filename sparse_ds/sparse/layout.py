@@ -15,11 +15,23 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class SparseLayout:
-    """Shape of one target matrix and the number of its active weights (fixed for the run)."""
+    """Shape of one target matrix, the number of its active weights, and room for them.
+
+    Attributes:
+        num_rows, num_cols: O, I.
+        num_active: K at the start of the run; it stays so, unless events may move weights between matrices.
+        spare_slots: how many more weights the matrix may come to hold.
+    """
 
     num_rows: int
     num_cols: int
     num_active: int
+    spare_slots: int = 0
+
+    @property
+    def num_slots(self) -> int:
+        """Elements of `indices` and `values`; those behind the active weights are 0 and have no effect."""
+        return self.num_active + self.spare_slots
 
     @property
     def num_elements(self) -> int:

@@ -5,13 +5,16 @@
     packed      [ceil(N / 2)] uint8                 no       partitioned  \\
     absmax      [ceil(N / 64)] fp32 or uint8        no       partitioned   NF4 base (`kernels.nf4`)
     nested_statistics  [...] fp32, optional         no       partitioned  /
-    indices     [K] int32 or int64, ascending       no       partitioned
-    values      [K] fp32                            yes      partitioned
+    indices     [S] int32 or int64, ascending       no       partitioned
+    values      [S] fp32                            yes      partitioned
     bias        [O], optional                       no       partitioned
 
     forward     Y = X W'^T            W' = round(fp32 W + fp32 values at indices)
     backward    dX = dY W'            W' rebuilt the same way from the gathered parameters
                 d values = (dY^T X) at indices, without the dense product as a whole
+
+Of the S slots the first K = `num_active` hold the active weights. Only where events may move weights between matrices
+are there more; slots behind K are 0, get the gradient 0 and have no effect.
 
 All parameters belong to the layer itself, so DeepSpeed gathers them together before its forward and its backward and
 releases them after. Rules that keep this safe under prefetch, persistence, offload and activation checkpointing: only
@@ -21,7 +24,7 @@ the partition); no parameter is saved for backward, only the input.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -34,6 +37,9 @@ from sparse_ds.kernels.apply_deltas import apply_deltas_, deltas_applied, hidden
 from sparse_ds.kernels.nf4 import dequantize_nf4
 from sparse_ds.kernels.values_gradient import rows_per_block, values_gradient
 from sparse_ds.sparse.layout import SparseLayout
+
+ObserveGradient = Callable[[Tensor, Tensor], None]
+"""`observe(grad_output_TO, input_TI)`: the dense weight gradient is grad_output_TO^T input_TI."""
 
 
 class SparseLinear(nn.Module):
@@ -62,6 +68,10 @@ class SparseLinear(nn.Module):
         """Count hidden deltas in the next forward passes (evaluation turns it on)."""
         self.hidden_deltas: tuple[int, int] = (0, 0)
         """(hidden, non-zero) deltas at the last counted forward pass."""
+        self.num_active = layout.num_active
+        """K now."""
+        self.observe_gradient: ObserveGradient | None = None
+        """Called in backward with what the dense weight gradient is made of; an estimation phase sets it."""
         for name in ("weight", "packed", "absmax", "nested_statistics", "indices", "values", "bias"):
             self.register_parameter(name, tensors.get(name))
 
@@ -72,13 +82,18 @@ class SparseLinear(nn.Module):
 
     def extra_repr(self) -> str:
         base = "nf4" if self.packed is not None else str(self.compute_dtype).removeprefix("torch.")
-        return f"in={self.in_features}, out={self.out_features}, active={self.layout.num_active}, base={base}"
+        return f"in={self.in_features}, out={self.out_features}, active={self.num_active}, base={base}"
+
+    @property
+    def active_indices(self) -> Tensor:
+        """[K] of the gathered indices."""
+        return self.indices.data[: self.num_active]
 
     @contextmanager
     def merged_weight(self) -> Iterator[Tensor]:
         """Within the context: W' [O, I]. Parameters must be gathered. A dense base is edited and restored."""
         shape = (self.layout.num_rows, self.layout.num_cols)
-        indices_K, values_K = self.indices.data, self.values.data
+        indices_K, values_K = self.active_indices, self.values.data[: self.num_active]
         if self.packed is not None:
             assert self.absmax is not None
             nested = None if self.nested_statistics is None else self.nested_statistics.data
@@ -118,13 +133,14 @@ class _SparseLinearFunction(torch.autograd.Function):
             with layer.merged_weight() as weight_OI:
                 grad_input = grad_output.matmul(weight_OI)
         if ctx.needs_input_grad[1]:
-            indices_K = layer.indices.data
+            grad_output_TO = grad_output.reshape(-1, layout.num_rows)
+            input_TI = input.reshape(-1, layout.num_cols)
+            if layer.observe_gradient is not None:
+                layer.observe_gradient(grad_output_TO, input_TI)
+            indices_K = layer.active_indices
             num_rows = rows_per_block(layout.num_rows, layout.num_cols)
-            grad_values = values_gradient(
-                grad_output.reshape(-1, layout.num_rows),
-                input.reshape(-1, layout.num_cols),
-                indices_K,
-                layout.row_boundaries(indices_K, num_rows),
-                num_rows,
-            )
+            boundaries = layout.row_boundaries(indices_K, num_rows)
+            grad_values = values_gradient(grad_output_TO, input_TI, indices_K, boundaries, num_rows)
+            if layout.spare_slots:
+                grad_values = F.pad(grad_values, (0, layout.num_slots - layer.num_active))
         return grad_input, grad_values, None

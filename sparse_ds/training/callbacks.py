@@ -2,8 +2,9 @@
 
 Order within one optimizer step (Trainer calls the callbacks in this order, on every rank):
 
+    on_step_begin                    RunEvents: the layers show their gradients in an estimation phase
     engine.backward + engine.step    inside Trainer's training_step of the last micro batch
-    on_optimizer_step                MergeAccumulators: one all-reduce MAX
+    on_optimizer_step                MergeAccumulators: one all-reduce MAX; RunEvents: sums of the estimation phase
     on_step_end                      RunEvents: drop-and-grow, then release of gathered parameters
     on_log                           WriteMetrics
 """
@@ -18,14 +19,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from sparse_ds.distributed.gradient_tiles import clip_coefficient
 from sparse_ds.distributed.zero3_partitions import all_reduce_max_
-from sparse_ds.drop_grow.event import DropAndGrow, EventRecord
+from sparse_ds.drop_grow.estimation import EstimationPhase
+from sparse_ds.drop_grow.event import DropAndGrow, EventRecord, Seeds
 from sparse_ds.monitor.memory import memory_gib
 from sparse_ds.monitor.metrics_log import MetricsLog
 from sparse_ds.optim.sm3 import SparseSM3
+from sparse_ds.optim.sparse_adamw import SparseAdamW
 from sparse_ds.training.global_order import GlobalOrderSampler
 
 if TYPE_CHECKING:
+    from sparse_ds.training.setup import EventSchedule
     from sparse_ds.training.trainer import SparseTrainer
 
 
@@ -70,32 +75,64 @@ class MergeAccumulators(TrainerCallback):
 
 
 class RunEvents(TrainerCallback):
-    """After the optimizer steps of the schedule: one drop-and-grow event.
+    """Estimation phases, and after the steps of the schedule one drop-and-grow event.
 
     Args:
+        schedule: when.
+        estimation: measures during the phases; None for a method that does not look at the dense gradient.
         drop_and_grow: runs an event.
-        num_to_replace: step -> weights to replace by tensor name; None where there is no event.
+        optimizer: paused where nothing trains; asked for the ages that grown weights begin with.
+        engine: DeepSpeed's.
         release: gives back gathered parameters.
         log: takes each event's record.
     """
 
     def __init__(
         self,
+        schedule: EventSchedule,
+        estimation: EstimationPhase | None,
         drop_and_grow: DropAndGrow,
-        num_to_replace: Callable[[int], dict[str, int] | None],
+        optimizer: SparseSM3 | SparseAdamW,
+        engine: Any,
         release: Callable[[], None],
         log: Callable[[EventRecord], None],
     ) -> None:
-        self._drop_and_grow, self._num_to_replace = drop_and_grow, num_to_replace
-        self._release, self._log = release, log
+        self._schedule, self._estimation, self._drop_and_grow = schedule, estimation, drop_and_grow
+        self._optimizer, self._engine, self._release, self._log = optimizer, engine, release, log
+        self._is_estimation = False
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        step = state.global_step + 1
+        if isinstance(self._optimizer, SparseAdamW):
+            self._optimizer.paused = self._schedule.is_paused(step)
+        self._is_estimation = self._estimation is not None and self._schedule.is_estimation(step)
+        if self._estimation is not None and self._is_estimation:
+            self._estimation.begin_step()
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._estimation is not None and self._is_estimation:
+            self._estimation.end_step(clip_coefficient(self._engine))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        replace = self._num_to_replace(state.global_step)
-        if replace is None:
+        step = state.global_step
+        if not self._schedule.is_event(step):
             return
-        record = self._drop_and_grow.run(state.global_step, replace)
+        record = self._drop_and_grow.run(step, self._schedule.num_to_replace(step), self._seeds(step))
         self._release()
         self._log(record)
+
+    def _seeds(self, step: int) -> Seeds:
+        if not isinstance(self._optimizer, SparseAdamW):
+            return Seeds(None, step)
+        num_applied = self._optimizer.num_applied_steps
+        if self._schedule.is_paused(step) or self._estimation is None:
+            return Seeds(None, num_applied)
+        betas: tuple[float, float] = self._optimizer.param_groups[0]["betas"]
+        return Seeds(betas, num_applied - self._estimation.num_counted_steps)
 
 
 class WriteMetrics(TrainerCallback):

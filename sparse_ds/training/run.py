@@ -24,11 +24,14 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from sparse_ds.checkpoint.folder import Checkpoint, check_identity, find_checkpoint, remove_checkpoints_after
 from sparse_ds.config import RunConfig, UserError
+from sparse_ds.config.methods import all_methods
 from sparse_ds.data import DataBundle, SamplePrompt, build_datasets
 from sparse_ds.distributed import process_group
 from sparse_ds.distributed.launch_environment import LaunchEnvironment
 from sparse_ds.distributed.zero3_partitions import MasterWeights, all_reduce_max_, full_size
+from sparse_ds.drop_grow.estimation import EstimationPhase
 from sparse_ds.drop_grow.event import EventRecord
+from sparse_ds.drop_grow.weight_states import WeightStates
 from sparse_ds.export.merged import merge_adapter
 from sparse_ds.model.base_checkpoint import BaseCheckpoint, find_base_model
 from sparse_ds.model.build import read_architecture
@@ -39,6 +42,7 @@ from sparse_ds.monitor.metrics_log import MetricsLog, drop_records_after
 from sparse_ds.monitor.report import run_table
 from sparse_ds.monitor.summary import RunSummary
 from sparse_ds.optim.sm3 import SparseSM3
+from sparse_ds.optim.sparse_adamw import SparseAdamW
 from sparse_ds.training.callbacks import (
     EpochOrder,
     MergeAccumulators,
@@ -53,13 +57,14 @@ from sparse_ds.training.global_order import GlobalOrderSampler
 from sparse_ds.training.output_folder import OutputFolder
 from sparse_ds.training.saving import save_deltas, save_dense_model
 from sparse_ds.training.setup import (
+    EventSchedule,
     PreparedModel,
     bind_optimizer,
     make_drop_and_grow,
+    make_estimation,
     make_optimizer,
     make_training_arguments,
     prepare_model,
-    replacement_schedule,
 )
 from sparse_ds.training.trainer import SparseTrainer, classification_loss
 
@@ -128,6 +133,8 @@ class _Training:
         self.heldout_before: float | None = None
         self.accuracy_before: float | None = None
         self.resumed: Checkpoint | None = None
+        self.weight_states: WeightStates | None = None
+        self.estimation: EstimationPhase | None = None
 
     def carry_out(self) -> RunSummary:
         config = self.config
@@ -183,7 +190,7 @@ class _Training:
             make_optimizer=lambda parameters: make_optimizer(config, parameters),
             sampler=sampler,
             heldout=self.data.eval,
-            on_save=lambda: self.checkpoints.save(self.master, self._run_state()),
+            on_save=self._save_checkpoint,
             model=self.prepared.model,
             args=arguments,
             data_collator=self.data.collator,
@@ -205,16 +212,8 @@ class _Training:
         master.zero_padding()
         self.master = master
         optimizer = self.trainer.deepspeed.optimizer.optimizer
-        if isinstance(optimizer, SparseSM3):
-            bind_optimizer(optimizer, self.prepared.layers, master, self.prepared.dense_parameters)
-            events = RunEvents(
-                make_drop_and_grow(optimizer, self.prepared.layers, master, self.device),
-                replacement_schedule(self.config, self.prepared.layers, total_steps),
-                self.trainer.release_gathered,
-                self._log_event,
-            )
-            self.trainer.add_callback(MergeAccumulators(optimizer, self.device))
-            self.trainer.add_callback(events)
+        if isinstance(optimizer, SparseSM3 | SparseAdamW):
+            self._bind_sparse(optimizer, total_steps)
         prompt = self.data.sample_prompts[0] if self.data.sample_prompts else None
         if self.resumed is not None:
             self._go_on(self.resumed, prompt)
@@ -224,6 +223,32 @@ class _Training:
             self.heldout_before, self.accuracy_before = before["eval_loss"], before.get("eval_accuracy")
         if prompt is not None:
             self.answers = _Answers(prompt, before=self._answer(prompt))
+
+    def _bind_sparse(self, optimizer: SparseSM3 | SparseAdamW, total_steps: int) -> None:
+        config, layers, master = self.config, self.prepared.layers, self.master
+        bind_optimizer(optimizer, layers, master, self.prepared.dense_parameters)
+        if isinstance(optimizer, SparseSM3):
+            self.trainer.add_callback(MergeAccumulators(optimizer, self.device))
+        self.weight_states = WeightStates(
+            optimizer, master.flats, keeps_event_values=config.method.drop_criterion == "change"
+        )
+        if all_methods()[config.method.name].events == "none":
+            return
+        self.estimation = make_estimation(config, layers, self.device)
+        drop_and_grow = make_drop_and_grow(
+            config, optimizer, layers, master, self.weight_states, self.estimation, self.device
+        )
+        schedule = EventSchedule(config, layers, total_steps)
+        events = RunEvents(
+            schedule,
+            self.estimation,
+            drop_and_grow,
+            optimizer,
+            self.trainer.deepspeed,
+            self.trainer.release_gathered,
+            self._log_event,
+        )
+        self.trainer.add_callback(events)
 
     def _find_resumed(self, identity: dict[str, Any], steps_per_epoch: int) -> Checkpoint | None:
         """The checkpoint to go on from, checked on every rank; None for a run from the start."""
@@ -246,13 +271,16 @@ class _Training:
         return checkpoint
 
     def _go_on(self, checkpoint: Checkpoint, prompt: SamplePrompt | None) -> None:
-        self.checkpoints.restore(self.master, checkpoint)
+        self.checkpoints.restore(self.master, self.weight_states, self.estimation, checkpoint)
         self.trainer.release_gathered()
         state = checkpoint.index.run_state
         self.heldout_before, self.index_hash = state["heldout_before"], state["index_hash"]
         self.accuracy_before = state["accuracy_before"]
         self.answers = _Answers(prompt, before=state["answer_before"])
         self.metrics.num_tokens, self.metrics.train_wall_s = state["num_tokens"], state["train_wall_s"]
+
+    def _save_checkpoint(self) -> None:
+        self.checkpoints.save(self.master, self.weight_states, self.estimation, self._run_state())
 
     def _run_state(self) -> dict[str, Any]:
         """What a resumed run needs to report the whole run."""
@@ -276,6 +304,16 @@ class _Training:
                 "active": record.num_active,
                 "index_hash": record.index_hash,
                 "wall_s": record.wall_s,
+                "birth_steps": {str(birth): count for birth, count in record.birth_steps.items()},
+                "tensors": {
+                    name: {
+                        "replaced": tensor.num_replaced,
+                        "active": tensor.num_active,
+                        "rows": tensor.num_rows,
+                        "cols": tensor.num_cols,
+                    }
+                    for name, tensor in record.tensors.items()
+                },
             },
         )
 

@@ -37,7 +37,7 @@ def save_deltas(
             [layer.indices, layer.values], [local_partition(layer.indices), master.view(layer.values)], device
         )
         if process_group.rank() == 0:
-            gathered.append((name, indices_K.cpu(), values_K.cpu()))
+            gathered.append((name, indices_K[: layer.num_active].cpu(), values_K[: layer.num_active].cpu()))
     for name, parameter in prepared.dense_parameters.items():
         (flat,) = gather_partitions([parameter], [master.view(parameter)], device)
         if process_group.rank() == 0:

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import Parameter
 from transformers import PreTrainedModel, TrainingArguments
 
-from sparse_ds.config import RunConfig, build_deepspeed_config
+from sparse_ds.config import RunConfig, UserError, build_deepspeed_config
+from sparse_ds.config.methods import all_methods
 from sparse_ds.distributed.born_partitioned import PartitionedParameters
-from sparse_ds.distributed.process_group import agreement
-from sparse_ds.distributed.zero3_partitions import MasterWeights, full_shape, local_partition
+from sparse_ds.distributed.process_group import agreement, world_size
+from sparse_ds.distributed.zero3_partitions import MasterWeights, OwnedSlice, full_shape, full_size, local_partition
+from sparse_ds.drop_grow.estimation import EstimationPhase
 from sparse_ds.drop_grow.event import DropAndGrow
+from sparse_ds.drop_grow.weight_states import WeightStates
 from sparse_ds.model.base_checkpoint import BaseCheckpoint
 from sparse_ds.model.build import (
     BaseSettings,
@@ -29,9 +32,9 @@ from sparse_ds.model.build import (
 from sparse_ds.model.classification_head import Classification, initial_head, install_head
 from sparse_ds.optim.flat_segment import FlatSegment
 from sparse_ds.optim.sm3 import SparseSM3
-from sparse_ds.selection.apply_event import EventResult
+from sparse_ds.optim.sparse_adamw import SparseAdamW
+from sparse_ds.selection.registry import find_growth
 from sparse_ds.selection.schedule import is_event, num_to_replace
-from sparse_ds.selection.sft_ma import select_sft_ma
 from sparse_ds.sparse.layout import SparseLayout
 from sparse_ds.sparse.sparse_linear import SparseLinear
 
@@ -89,18 +92,24 @@ def prepare_model(
     with agreement("building the model"):
         model = empty_model(checkpoint, base, classification)
         num_weights = sum(parameter.numel() for parameter in model.parameters())
-        num_head_weights = 0
+        trains_all, num_head_weights = all_methods()[config.method.name].trains_all, 0
         if classification is not None:
             head_LD = initial_head(checkpoint, classification, model.config.hidden_size, config.train.seed)
-            dtype = base.dtype if config.method.name == "full" else torch.float32
-            install_head(model, head_LD, dtype, partitioned)
+            install_head(model, head_LD, base.dtype if trains_all else torch.float32, partitioned)
             num_head_weights = head_LD.numel()
-        if config.method.name == "full":
+        if trains_all:
             build_dense_model(checkpoint, model, base, partitioned)
         else:
-            sparse = SparseSettings(config.method.target_modules, config.method.density, config.train.seed)
+            sparse = SparseSettings(
+                config.method.target_modules,
+                config.method.density,
+                config.train.seed,
+                bernoulli=config.method.sampling == "bernoulli",
+                slots_per_active=config.method.redistribution_factor or 1.0,
+            )
             layouts = plan_layouts(model, sparse)
-            build_sparse_model(checkpoint, model, layouts, base, config.train.seed, partitioned, device)
+            check_accumulator_limit(config, layouts, world_size())
+            build_sparse_model(checkpoint, model, layouts, base, sparse, partitioned, device)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, SparseLinear)}
     num_sparse = sum(layout.num_active for layout in layouts.values())
     num_trained = num_sparse + num_head_weights if layouts else num_weights
@@ -108,20 +117,15 @@ def prepare_model(
 
 
 def make_optimizer(config: RunConfig, parameters: list[Parameter]) -> torch.optim.Optimizer:
-    """SM3 for `sft_ma`, AdamW for `full`."""
-    settings = config.optimizer
+    """The optimizer of the method: SM3 or AdamW with ages for sparse values, torch's AdamW for `full`."""
+    settings, facts = config.optimizer, all_methods()[config.method.name]
     eps = DEFAULT_EPS if settings.eps is None else settings.eps
-    if config.method.name == "full":
-        return torch.optim.AdamW(
-            parameters, lr=settings.learning_rate, betas=settings.betas, eps=eps, weight_decay=settings.weight_decay
-        )
-    return SparseSM3(
-        parameters,
-        lr=settings.learning_rate,
-        weight_decay=settings.weight_decay,
-        momentum=settings.momentum,
-        eps=eps,
-    )
+    common: dict[str, Any] = {"lr": settings.learning_rate, "eps": eps, "weight_decay": settings.weight_decay}
+    if facts.trains_all:
+        return torch.optim.AdamW(parameters, betas=settings.betas, **common)
+    if facts.optimizer == "sm3":
+        return SparseSM3(parameters, momentum=settings.momentum, **common)
+    return SparseAdamW(parameters, betas=settings.betas, moments=settings.moments, **common)
 
 
 def make_training_arguments(
@@ -163,89 +167,167 @@ def make_training_arguments(
 
 
 def bind_optimizer(
-    optimizer: SparseSM3,
+    optimizer: SparseSM3 | SparseAdamW,
     layers: dict[str, SparseLinear],
     master: MasterWeights,
     dense: Mapping[str, Parameter] | None = None,
 ) -> None:
-    """Tell SM3 which entries of which matrix lie where in DeepSpeed's flat master weights.
+    """Tell the optimizer what lies where in DeepSpeed's flat master weights.
 
     Args:
-        optimizer: SM3.
+        optimizer: of the engine.
         layers: the sparse layers by name.
         master: the engine's master weights.
         dense: parameters that train as a whole, by name.
 
-    Collectives: none; every rank must call it (the accumulators must have one layout on all of them).
+    Collectives: none; every rank must call it (SM3's accumulators must have one layout on all of them).
     """
     name_of = {id(layer.values): name for name, layer in layers.items()}
     name_of |= {id(parameter): name for name, parameter in (dense or {}).items()}
     for sub_group, flat in enumerate(master.flats):
+        if isinstance(optimizer, SparseAdamW):
+            optimizer.register_flat(flat, master.padding_of(sub_group))
+            continue
         segments = []
         for parameter in master.parameters_of(sub_group):
-            name = name_of[id(parameter)]
-            where = master.slice_of(parameter)
-            if name in layers:
-                layer = layers[name]
-                segments.append(
-                    FlatSegment(
-                        name=name,
-                        offset=where.offset,
-                        length=where.num_real,
-                        num_rows=layer.layout.num_rows,
-                        num_cols=layer.layout.num_cols,
-                        indices=local_partition(layer.indices),
-                    )
+            name, where = name_of[id(parameter)], master.slice_of(parameter)
+            if name not in layers:
+                segments.append(_dense_segment(name, parameter, where))
+                continue
+            layer = layers[name]
+            segments.append(
+                FlatSegment(
+                    name=name,
+                    offset=where.offset,
+                    length=where.num_real,
+                    num_rows=layer.layout.num_rows,
+                    num_cols=layer.layout.num_cols,
+                    indices=local_partition(layer.indices),
                 )
-            else:
-                num_rows, *others = full_shape(parameter)
-                segments.append(
-                    FlatSegment(
-                        name=name,
-                        offset=where.offset,
-                        length=where.num_real,
-                        num_rows=num_rows,
-                        num_cols=math.prod(others),
-                        start=where.start,
-                    )
-                )
+            )
         optimizer.register_flat(flat, segments)
 
 
+def _dense_segment(name: str, parameter: Parameter, where: OwnedSlice) -> FlatSegment:
+    """Of a fully trained tensor (a head): a matrix, a vector as one of one column."""
+    shape = full_shape(parameter)
+    num_rows = shape[0] if shape else 1
+    return FlatSegment(
+        name=name,
+        offset=where.offset,
+        length=where.num_real,
+        num_rows=num_rows,
+        num_cols=full_size(parameter) // num_rows,
+        start=where.start,
+    )
+
+
+def make_estimation(config: RunConfig, layers: dict[str, SparseLinear], device: torch.device) -> EstimationPhase | None:
+    """The estimation phases of a method that looks at the dense gradient, else None."""
+    facts, method = all_methods()[config.method.name], config.method
+    if facts.statistic == "none":
+        return None
+    return EstimationPhase(
+        layers,
+        source="phase" if facts.events == "once" else method.candidate_source,
+        squared=facts.statistic == "gradient_square",
+        tile_bytes=method.gradient_tile_mib * 2**20,
+        device=device,
+    )
+
+
+def check_accumulator_limit(config: RunConfig, layouts: dict[str, SparseLayout], world_size: int) -> None:
+    """Raises UserError if a dense gradient accumulator would take more per rank than allowed."""
+    facts, method = all_methods()[config.method.name], config.method
+    if facts.statistic == "none" or (facts.events == "repeated" and method.candidate_source == "micro_batch"):
+        return
+    needed_gib = 4 * sum(layout.num_elements for layout in layouts.values()) / world_size / 2**30
+    if needed_gib > method.gradient_accumulator_limit_gib:
+        remedy = (
+            "set method.candidate_source to micro_batch" if facts.events == "repeated" else "train fewer target_modules"
+        )
+        raise UserError(
+            f"method.gradient_accumulator_limit_gib: got {method.gradient_accumulator_limit_gib:g} GiB, but the dense "
+            f"gradient accumulator takes {needed_gib:.3g} GiB per rank (4 bytes per target weight / {world_size} "
+            f"ranks). Start more ranks, {remedy}, or raise the limit."
+        )
+
+
 def make_drop_and_grow(
-    optimizer: SparseSM3, layers: dict[str, SparseLinear], master: MasterWeights, device: torch.device
+    config: RunConfig,
+    optimizer: SparseSM3 | SparseAdamW,
+    layers: dict[str, SparseLinear],
+    master: MasterWeights,
+    weight_states: WeightStates,
+    estimation: EstimationPhase | None,
+    device: torch.device,
 ) -> DropAndGrow:
-    """SFT-MA's events."""
+    """The method's events."""
+    accumulators = None
+    if isinstance(optimizer, SparseSM3):
+        sm3 = optimizer
 
-    def select(
-        name: str, layout: SparseLayout, indices_K: torch.Tensor, values_K: torch.Tensor, num_to_replace: int
-    ) -> EventResult:
-        row_acc_O, col_acc_I = optimizer.row_accumulator(name), optimizer.col_accumulator(name)
-        return select_sft_ma(indices_K, values_K, row_acc_O.to(device), col_acc_I.to(device), num_to_replace)
+        def accumulators(name: str) -> tuple[Tensor, Tensor]:
+            return sm3.row_accumulator(name), sm3.col_accumulator(name)
 
-    momenta = [optimizer.state[flat]["exp_avg"] for flat in master.flats if "exp_avg" in optimizer.state[flat]]
-    return DropAndGrow(layers, master, [momenta] if momenta else [], select, device)
+    return DropAndGrow(
+        layers,
+        master,
+        weight_states,
+        find_growth(config.method.name),
+        estimation=estimation,
+        accumulators=accumulators,
+        seed=config.train.seed,
+        random_growth_fraction=config.method.random_growth_fraction,
+        redistributes=config.method.redistribution_factor is not None,
+        device=device,
+    )
 
 
-def replacement_schedule(
-    config: RunConfig, layers: dict[str, SparseLinear], total_steps: int
-) -> Callable[[int], dict[str, int] | None]:
-    """step -> how many weights of each tensor are replaced after it, or None without an event."""
-    method = config.method
+class EventSchedule:
+    """When a run's events and estimation phases are, and how much each event replaces.
 
-    def schedule(step: int) -> dict[str, int] | None:
-        if not is_event(step, interval_steps=method.interval_steps, estimation_steps=method.estimation_steps):
-            return None
+    Args:
+        config: the run.
+        layers: the sparse layers, as they are at each event (redistribution changes their numbers of active weights).
+        total_steps: T.
+    """
+
+    def __init__(self, config: RunConfig, layers: dict[str, SparseLinear], total_steps: int) -> None:
+        self._method, self._layers, self._total_steps = config.method, layers, total_steps
+        self._facts = all_methods()[config.method.name]
+
+    def is_event(self, step: int) -> bool:
+        """Whether an event follows optimizer step `step` (the first is 1)."""
+        method = self._method
+        if step > self._total_steps or self._facts.events == "none":
+            return False
+        if self._facts.events == "once":
+            return step == method.estimation_steps
+        return is_event(step, interval_steps=method.interval_steps, estimation_steps=method.estimation_steps)
+
+    def is_estimation(self, step: int) -> bool:
+        """Whether `step` is one of the estimation steps up to and with an event."""
+        return any(self.is_event(later) for later in range(step, step + self._method.estimation_steps))
+
+    def is_paused(self, step: int) -> bool:
+        """Whether nothing trains in `step`: it only measures, before the one event of the run."""
+        return self._facts.events == "once" and step <= self._method.estimation_steps
+
+    def num_to_replace(self, step: int) -> dict[str, int]:
+        """Weights of each tensor that the event after `step` replaces."""
+        method = self._method
+        if self._facts.events == "once":
+            return {name: layer.num_active for name, layer in self._layers.items()}
         return {
             name: num_to_replace(
                 step,
-                num_active=layer.layout.num_active,
-                total_steps=total_steps,
+                num_active=layer.num_active,
+                total_steps=self._total_steps,
                 interval_steps=method.interval_steps,
                 estimation_steps=method.estimation_steps,
                 initial_drop_fraction=method.initial_drop_fraction,
+                drop_schedule=method.drop_schedule,
             )
-            for name, layer in layers.items()
+            for name, layer in self._layers.items()
         }
-
-    return schedule

@@ -165,7 +165,12 @@ def test_it_goes_on_from_a_checkpoint(tmp_path: Path, two_ranks: FinishedRun) ->
 
 
 def test_other_labels_are_another_run(work: Path, two_ranks: FinishedRun) -> None:
-    arguments = [*ARGUMENTS, *set_words(['data.labels=["good","fair","bad"]', "train.max_steps=30"]), "--resume", "auto"]
+    arguments = [
+        *ARGUMENTS,
+        *set_words(['data.labels=["good","fair","bad"]', "train.max_steps=30"]),
+        "--resume",
+        "auto",
+    ]
     ranks = train_in_forks([arguments], [work])
     assert ranks[0].exit_code == USER_ERROR_EXIT_CODE and "labels" in ranks[0].stderr, ranks
 

@@ -1,8 +1,9 @@
-r"""SFT-MA on full matrices: what a run must do, written down a second time, slowly and in the plainest way.
+r"""Sparse fine-tuning on full matrices: what a run must do, written down a second time, slowly and in the plainest way.
 
-One process, plain torch, a dense matrix and a boolean mask for every target; the dense gradient of every matrix; the
-outer product of the accumulators formed and sorted as a whole. Forward and backward are transformers' own in fp32; what
-is trained (deltas, accumulators, momentum) is fp64, so that the oracle has no rounding to speak of and ties are ties.
+One process, plain torch, a dense matrix and a boolean mask for every target, the dense gradient of every matrix.
+Forward and backward are transformers' own; what is trained (deltas, optimizer state) is fp64, so that an oracle has no
+rounding to speak of and ties are ties. Here is what every method shares (`DenseTraining`), and SFT-MA (`DenseOracle`):
+the outer product of its accumulators is formed and sorted as a whole. `gradient_oracle` has the other methods.
 
     order of the samples   epoch e: torch.randperm(n) from a generator seeded with seed * 1000003 + e, cut to a whole
                            number of global batches; a step takes the next G samples
@@ -10,9 +11,12 @@ is trained (deltas, accumulators, momentum) is fp64, so that the oracle has no r
     learning rate          step t = 1 .. T, s = t - 1, w = ceil(T * warm-up fraction):
                            peak * s / w while s < w, then peak * (T - s) / (T - w)
     clipping               all active gradients / max(1, (their common 2-norm + 1e-6) / max_grad_norm)
+    events                 after steps gamma, gamma + S, ...
+
+    SFT-MA
     SM3                    nu = min(R_r, C_c) + g^2;  u = g / sqrt(nu + eps);  m = beta m + (1 - beta) u
                            w <- w - lr m - lr decay w;  R_r = max(R_r, nu in its row);  C_c = max(C_c, nu in its column)
-    events                 after steps gamma, gamma + S, ...: k = K at the first, then floor(alpha (1 - t / T) K)
+    replaced weights       k = K at the first event, then floor(alpha (1 - t / T) K)
     drop                   the k active weights of smallest (|delta|, index)
     grow                   the k weights inactive before, of largest R_r * C_c, ties by smallest index; delta 0, m 0
 """
@@ -21,6 +25,8 @@ from __future__ import annotations
 
 import hashlib
 import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 
@@ -32,9 +38,9 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 
-@dataclass(frozen=True)
-class Settings:
-    """The numbers of a run that the oracle needs; names as in the run's configuration."""
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """The numbers of a run that an oracle needs, whatever the method; names as in the run's configuration."""
 
     total_steps: int
     global_batch_size: int
@@ -43,13 +49,19 @@ class Settings:
     initial_drop_fraction: float
     learning_rate: float
     weight_decay: float
-    momentum: float
     eps: float | None
     """None: 1e-8."""
     max_grad_norm: float
     warmup_fraction: float
     eval_interval_steps: int
     seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(RunSettings):
+    """The numbers of a run of SFT-MA."""
+
+    momentum: float
 
 
 @dataclass
@@ -70,8 +82,8 @@ class Trace:
     """At the start, every `eval_interval_steps` (after the step's event, if it has one) and at the end."""
 
 
-class Target:
-    """One target matrix: `base` [O, I] fp32 frozen, `active` [O, I] bool, and in fp64 what is trained."""
+class Matrix:
+    """One target matrix: `base` [O, I] fp32 frozen, `active` [O, I] bool, and `delta` [O, I] fp64, 0 where inactive."""
 
     def __init__(self, base: Tensor, initial_indices: Tensor) -> None:
         self.base = base
@@ -79,18 +91,147 @@ class Target:
         self.active[initial_indices] = True
         self.active = self.active.view(base.shape)
         self.num_active = int(self.active.sum())
-        self.delta = torch.zeros(base.shape, dtype=torch.float64)
-        self.exp_avg = torch.zeros(base.shape, dtype=torch.float64)
-        self.row_max = torch.zeros(base.shape[0], dtype=torch.float64)
-        self.col_max = torch.zeros(base.shape[1], dtype=torch.float64)
+        self.delta = self.zeros()
+
+    def zeros(self) -> Tensor:
+        return torch.zeros(self.base.shape, dtype=torch.float64)
 
     @property
     def indices(self) -> NDArray[np.int64]:
         return np.flatnonzero(self.active.numpy())
 
     @property
+    def values(self) -> Tensor:
+        """[K] fp32, in the order of `indices`."""
+        return self.delta[self.active].float()
+
+    @property
     def merged(self) -> Tensor:
         return (self.base.double() + self.delta).float()
+
+
+class DenseTraining(ABC):
+    """A run of any method; see the module docstring.
+
+    Args:
+        model: the base model; its target weights are overwritten.
+        matrices: the target matrices by module name.
+        train, heldout: the samples in the order of the files.
+    """
+
+    def __init__(
+        self,
+        model: LlamaForCausalLM,
+        matrices: Mapping[str, Matrix],
+        train: Sequence[Sample],
+        heldout: Sequence[Sample],
+        settings: RunSettings,
+    ) -> None:
+        self.model, self.targets, self.train, self.heldout, self.settings = model, matrices, train, heldout, settings
+        self.trace = Trace()
+        model.requires_grad_(False)
+        for name in matrices:
+            model.get_submodule(name).weight.requires_grad_(True)
+
+    def run(self) -> Trace:
+        settings, trace = self.settings, self.trace
+        trace.heldout_losses.append(self._heldout_loss())
+        order = self._order_of_samples()
+        for step in range(1, settings.total_steps + 1):
+            start = (step - 1) * settings.global_batch_size
+            samples = [self.train[i] for i in order[start : start + settings.global_batch_size]]
+            self._materialise()
+            trace.losses.append(self._train_step(step, samples))
+            trace.learning_rates.append(self._learning_rate(step))
+            if self._is_event(step):
+                trace.num_replaced[step] = self._drop_and_grow(step)
+                trace.event_hashes[step] = self._index_hash()
+            if step % settings.eval_interval_steps == 0 or step == settings.total_steps:
+                trace.heldout_losses.append(self._heldout_loss())
+        return trace
+
+    @abstractmethod
+    def _train_step(self, step: int, samples: Sequence[Sample]) -> float:
+        """Update what is trained; the weights of the model are those of before. Returns the loss."""
+
+    @abstractmethod
+    def _drop_and_grow(self, step: int) -> int:
+        """The event after a step. Returns how many weights were dropped."""
+
+    def _is_event(self, step: int) -> bool:
+        settings = self.settings
+        return step >= settings.estimation_steps and (step - settings.estimation_steps) % settings.interval_steps == 0
+
+    def _order_of_samples(self) -> list[int]:
+        settings, order = self.settings, []
+        for epoch in range(settings.total_steps):  # more than are needed: an epoch is at least one step
+            generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + epoch)
+            permutation = torch.randperm(len(self.train), generator=generator).tolist()
+            order += permutation[: len(self.train) // settings.global_batch_size * settings.global_batch_size]
+        return order
+
+    def _gradients(self, samples: Sequence[Sample], num_tokens: int) -> tuple[float, dict[str, Tensor]]:
+        """What some samples of a step add to its loss, a mean over `num_tokens`, and to its dense gradients."""
+        self.model.zero_grad()
+        loss = 0.0
+        for sample in samples:
+            part = self._negative_log_likelihood(sample) / num_tokens
+            part.backward()
+            loss += part.item()
+        return loss, {name: self.model.get_submodule(name).weight.grad.double() for name in self.targets}
+
+    def _clip(self, grads: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The gradients as the optimizer gets them; their norm, over active weights, goes to the trace."""
+        square_sum = sum(float(grads[name][matrix.active].square().sum()) for name, matrix in self.targets.items())
+        norm = math.sqrt(square_sum)
+        self.trace.grad_norms.append(norm)
+        divisor = max(1.0, (norm + 1e-6) / self.settings.max_grad_norm)
+        return {name: grad / divisor for name, grad in grads.items()}
+
+    def _learning_rate(self, step: int) -> float:
+        settings, done = self.settings, step - 1
+        warmup = math.ceil(settings.total_steps * settings.warmup_fraction)
+        if done < warmup:
+            return settings.learning_rate * done / warmup
+        return settings.learning_rate * (settings.total_steps - done) / (settings.total_steps - warmup)
+
+    def _materialise(self) -> None:
+        with torch.no_grad():
+            for name, matrix in self.targets.items():
+                self.model.get_submodule(name).weight.copy_(matrix.merged)
+
+    def _negative_log_likelihood(self, sample: Sample) -> Tensor:
+        """Sum over the learned tokens, in fp32; no padding, no attention mask, no loss of transformers."""
+        ids = torch.tensor(sample.ids)
+        log_probabilities = torch.log_softmax(self.model(input_ids=ids[None]).logits[0].float(), dim=-1)
+        learned = torch.arange(sample.num_context, len(ids))
+        return -log_probabilities[learned - 1, ids[learned]].sum()
+
+    @torch.no_grad()
+    def _heldout_loss(self) -> float:
+        self._materialise()
+        total = sum(float(self._negative_log_likelihood(sample)) for sample in self.heldout)
+        return total / num_learned(self.heldout)
+
+    def _index_hash(self) -> str:
+        """sha256 over the digests of the tensors in the order of their names; a digest is the sha256 of name, NUL, K in
+        decimal, NUL and the ascending indices as little-endian int64."""
+        combined = hashlib.sha256()
+        for name in sorted(self.targets):
+            indices = self.targets[name].indices
+            head = name.encode() + b"\0" + str(len(indices)).encode() + b"\0"
+            combined.update(hashlib.sha256(head + indices.astype("<i8").tobytes()).digest())
+        return combined.hexdigest()
+
+
+class Target(Matrix):
+    """One target matrix of SFT-MA, with the state of SM3 in fp64."""
+
+    def __init__(self, base: Tensor, initial_indices: Tensor) -> None:
+        super().__init__(base, initial_indices)
+        self.exp_avg = self.zeros()
+        self.row_max = torch.zeros(base.shape[0], dtype=torch.float64)
+        self.col_max = torch.zeros(base.shape[1], dtype=torch.float64)
 
     def sm3_step(self, grad: Tensor, lr: float, settings: Settings) -> None:
         nu = torch.minimum(self.row_max[:, None], self.col_max[None, :]) + grad.square()
@@ -108,14 +249,8 @@ class Target:
         k = min(k, len(inactive))
         if k == 0:
             return 0
-        magnitudes = self.delta.abs().numpy().reshape(-1)[active]
-        order = np.lexsort((active, magnitudes))
-        _note_gap(magnitudes[order], k, trace)
-        dropped = active[order[:k]]
-        scores = torch.outer(self.row_max, self.col_max).numpy().reshape(-1)[inactive]
-        order = np.lexsort((inactive, -scores))
-        _note_gap(scores[order], k, trace)
-        grown = inactive[order[:k]]
+        dropped = smallest(self.delta.abs().numpy().reshape(-1), active, k, trace)
+        grown = largest(torch.outer(self.row_max, self.col_max).numpy().reshape(-1), inactive, k, trace)
         flat_active = self.active.view(-1)
         flat_active[torch.from_numpy(dropped)] = False
         flat_active[torch.from_numpy(grown)] = True
@@ -124,8 +259,8 @@ class Target:
         return k
 
 
-class DenseOracle:
-    """See the module docstring.
+class DenseOracle(DenseTraining):
+    """SFT-MA; see the module docstring.
 
     Args:
         model: the base model in fp32; its target weights are overwritten.
@@ -134,71 +269,30 @@ class DenseOracle:
         train, heldout: the samples in the order of the files.
     """
 
+    targets: dict[str, Target]
+    settings: Settings
+
     def __init__(
         self,
         model: LlamaForCausalLM,
         bases: dict[str, Tensor],
         initial_indices: dict[str, Tensor],
-        train: list[Sample],
-        heldout: list[Sample],
+        train: Sequence[Sample],
+        heldout: Sequence[Sample],
         settings: Settings,
     ) -> None:
-        self.model, self.train, self.heldout, self.settings = model, train, heldout, settings
-        self.targets = {name: Target(base, initial_indices[name]) for name, base in bases.items()}
-        model.requires_grad_(False)
-        for name in self.targets:
-            model.get_submodule(name).weight.requires_grad_(True)
+        matrices = {name: Target(base, initial_indices[name]) for name, base in bases.items()}
+        super().__init__(model, matrices, train, heldout, settings)
 
-    def run(self) -> Trace:
-        settings, trace = self.settings, Trace()
-        trace.heldout_losses.append(self._heldout_loss())
-        order = self._order_of_samples()
-        for step in range(1, settings.total_steps + 1):
-            start = (step - 1) * settings.global_batch_size
-            samples = [self.train[i] for i in order[start : start + settings.global_batch_size]]
-            self._train_step(step, samples, trace)
-            if (step - settings.estimation_steps) % settings.interval_steps == 0 and step >= settings.estimation_steps:
-                replaced = [t.drop_and_grow(self._num_to_replace(step, t), trace) for t in self.targets.values()]
-                trace.num_replaced[step] = sum(replaced)
-                trace.event_hashes[step] = self._index_hash()
-            if step % settings.eval_interval_steps == 0 or step == settings.total_steps:
-                trace.heldout_losses.append(self._heldout_loss())
-        return trace
-
-    def _order_of_samples(self) -> list[int]:
-        settings, order = self.settings, []
-        for epoch in range(settings.total_steps):  # more than are needed: an epoch is at least one step
-            generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + epoch)
-            permutation = torch.randperm(len(self.train), generator=generator).tolist()
-            order += permutation[: len(self.train) // settings.global_batch_size * settings.global_batch_size]
-        return order
-
-    def _train_step(self, step: int, samples: list[Sample], trace: Trace) -> None:
-        settings = self.settings
-        self._materialise()
-        self.model.zero_grad()
-        num_learned = sum(len(sample.ids) - sample.num_context for sample in samples)
-        loss = 0.0
-        for sample in samples:
-            part = self._negative_log_likelihood(sample) / num_learned
-            part.backward()
-            loss += part.item()
-        grads = {name: self.model.get_submodule(name).weight.grad.double() for name in self.targets}
-        square_sum = sum(float(grads[name][target.active].square().sum()) for name, target in self.targets.items())
-        norm = math.sqrt(square_sum)
-        divisor = max(1.0, (norm + 1e-6) / settings.max_grad_norm)
+    def _train_step(self, step: int, samples: Sequence[Sample]) -> float:
+        loss, grads = self._gradients(samples, num_learned(samples))
+        clipped = self._clip(grads)
         for name, target in self.targets.items():
-            target.sm3_step(grads[name] / divisor, self._learning_rate(step), settings)
-        trace.losses.append(loss)
-        trace.grad_norms.append(norm)
-        trace.learning_rates.append(self._learning_rate(step))
+            target.sm3_step(clipped[name], self._learning_rate(step), self.settings)
+        return loss
 
-    def _learning_rate(self, step: int) -> float:
-        settings, done = self.settings, step - 1
-        warmup = math.ceil(settings.total_steps * settings.warmup_fraction)
-        if done < warmup:
-            return settings.learning_rate * done / warmup
-        return settings.learning_rate * (settings.total_steps - done) / (settings.total_steps - warmup)
+    def _drop_and_grow(self, step: int) -> int:
+        return sum(t.drop_and_grow(self._num_to_replace(step, t), self.trace) for t in self.targets.values())
 
     def _num_to_replace(self, step: int, target: Target) -> int:
         if step == self.settings.estimation_steps:
@@ -207,38 +301,29 @@ class DenseOracle:
         exact = Fraction(str(self.settings.initial_drop_fraction)) * Fraction(total - step, total) * target.num_active
         return math.floor(exact)
 
-    def _materialise(self) -> None:
-        with torch.no_grad():
-            for name, target in self.targets.items():
-                self.model.get_submodule(name).weight.copy_(target.merged)
 
-    def _negative_log_likelihood(self, sample: Sample) -> Tensor:
-        """Sum over the learned tokens; no padding, no attention mask, no loss of transformers."""
-        ids = torch.tensor(sample.ids)
-        log_probabilities = torch.log_softmax(self.model(input_ids=ids[None]).logits[0], dim=-1)
-        learned = torch.arange(sample.num_context, len(ids))
-        return -log_probabilities[learned - 1, ids[learned]].sum()
+def num_learned(samples: Sequence[Sample]) -> int:
+    """Tokens that count in a loss."""
+    return sum(len(sample.ids) - sample.num_context for sample in samples)
 
-    @torch.no_grad()
-    def _heldout_loss(self) -> float:
-        self._materialise()
-        total = sum(float(self._negative_log_likelihood(sample)) for sample in self.heldout)
-        return total / sum(len(sample.ids) - sample.num_context for sample in self.heldout)
 
-    def _index_hash(self) -> str:
-        """sha256 over the digests of the tensors in the order of their names; a digest is the sha256 of name, NUL, K in
-        decimal, NUL and the ascending indices as little-endian int64."""
-        combined = hashlib.sha256()
-        for name in sorted(self.targets):
-            indices = self.targets[name].indices
-            head = name.encode() + b"\0" + str(len(indices)).encode() + b"\0"
-            combined.update(hashlib.sha256(head + indices.astype("<i8").tobytes()).digest())
-        return combined.hexdigest()
+def smallest(scores: NDArray[np.float64], positions: NDArray[np.int64], k: int, trace: Trace) -> NDArray[np.int64]:
+    """The k of the flat positions that have the smallest (score, position)."""
+    order = np.lexsort((positions, scores[positions]))
+    _note_gap(scores[positions[order]], k, trace)
+    return positions[order[:k]]
+
+
+def largest(scores: NDArray[np.float64], positions: NDArray[np.int64], k: int, trace: Trace) -> NDArray[np.int64]:
+    """The k of the flat positions that have the largest score, of equal ones the smaller position."""
+    order = np.lexsort((positions, -scores[positions]))
+    _note_gap(scores[positions[order]], k, trace)
+    return positions[order[:k]]
 
 
 def _note_gap(in_order: NDArray[np.float64], k: int, trace: Trace) -> None:
     """`in_order[:k]` is chosen, the rest is not."""
-    if k == len(in_order):
+    if k in (0, len(in_order)):
         return
     last, first_out = in_order[k - 1], in_order[k]
     if last == first_out:

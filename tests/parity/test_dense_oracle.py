@@ -9,33 +9,15 @@ from __future__ import annotations
 
 import copy
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import bitsandbytes.functional as bnb
 import pytest
 import torch
 from dense_oracle import DenseOracle, Settings, Trace
-from tiny_llama_runs import (
-    EVAL_SAMPLES,
-    TRAIN_SAMPLES,
-    FinishedRun,
-    Sample,
-    index_overlap,
-    make_samples,
-    save_samples,
-    save_tiny_llama,
-    train,
-    train_all,
-)
-from torch import Tensor
-from transformers import LlamaForCausalLM
-
-from sparse_ds.selection.random_subset import random_subset
+from oracle_cases import Material, Start, event_keys, largest_difference, run_config
+from tiny_llama_runs import FinishedRun, index_overlap, train, train_all
 
 SEED = 8
-# 49 of the 32 x 36, 24 of the 16 x 36 and 71 of the 46 x 36 weights of a matrix.
-DENSITY = 0.043
 
 LOSS_TOLERANCE = 1e-5
 # A run in fp32 against fp64: some roundings of 6e-8 in each gradient, which SM3 divides by a root that has the same.
@@ -78,42 +60,16 @@ NF4 = Settings(
 )
 
 
-def run_config(folder: Path, settings: Settings, data: str, *, quantization: str) -> dict[str, Any]:
+def sft_ma_config(material: Material, settings: Settings, data: str, *, quantization: str) -> dict[str, Any]:
     """The configuration of the run that `settings` describe; micro batches of 1, so 4 ranks accumulate nothing."""
-    return {
-        "model": {"name_or_path": str(folder / "model"), "quantization": quantization, "dtype": "float32"},
-        "data": {
-            "train": str(folder / f"{data}_train.jsonl"),
-            "eval": str(folder / f"{data}_eval.jsonl"),
-            "sequence_length": 32,
-        },
-        "method": {
-            "density": DENSITY,
-            "interval_steps": settings.interval_steps,
-            "estimation_steps": settings.estimation_steps,
-            "initial_drop_fraction": settings.initial_drop_fraction,
-        },
-        "optimizer": {
-            "learning_rate": settings.learning_rate,
-            "weight_decay": settings.weight_decay,
-            "momentum": settings.momentum,
-            "eps": settings.eps,
-            "max_grad_norm": settings.max_grad_norm,
-            "schedule": "linear",
-            "warmup_fraction": settings.warmup_fraction,
-        },
-        "train": {
-            "max_steps": settings.total_steps,
-            "micro_batch_size": 1,
-            "global_batch_size": settings.global_batch_size,
-            "eval_interval_steps": settings.eval_interval_steps,
-            "seed": settings.seed,
-            "device": "cpu",
-            "cpu_threads": 1,
-        },
-        "export": {"merged": False},
-        "monitor": {"num_sample_prompts": 0, "progress_bar": False},
-    }
+    return run_config(
+        material.folder,
+        settings,
+        data,
+        method=event_keys(settings),
+        optimizer={"momentum": settings.momentum},
+        quantization=quantization,
+    )
 
 
 class Case(NamedTuple):
@@ -124,36 +80,21 @@ class Case(NamedTuple):
     settings: Settings
 
 
-class Material(NamedTuple):
-    folder: Path
-    samples: dict[str, tuple[list[Sample], list[Sample]]]
-
-
 @pytest.fixture(scope="module")
 def material(tmp_path_factory: pytest.TempPathFactory) -> Material:
-    """The model, and two data sets: texts, of which all is learned, and prompts with completions."""
-    folder = tmp_path_factory.mktemp("dense_oracle")
-    save_tiny_llama(folder / "model", seed=SEED)
-    samples = {}
-    for name, with_prompts in (("texts", False), ("prompts", True)):
-        training = make_samples(TRAIN_SAMPLES, seed=1, with_prompts=with_prompts)
-        heldout = make_samples(EVAL_SAMPLES, seed=2, with_prompts=with_prompts)
-        save_samples(training, folder / f"{name}_train.jsonl")
-        save_samples(heldout, folder / f"{name}_eval.jsonl")
-        samples[name] = (training, heldout)
-    return Material(folder, samples)
+    return Material.save(tmp_path_factory.mktemp("dense_oracle"), model_seed=SEED)
 
 
 @pytest.fixture(scope="module")
 def runs(material: Material) -> dict[str, FinishedRun]:
     """All runs of this file; each launch costs many seconds of imports, so they are shared and made two at a time."""
-    plain = run_config(material.folder, PLAIN, "texts", quantization="none")
+    plain = sft_ma_config(material, PLAIN, "texts", quantization="none")
     checkpointing = copy.deepcopy(plain)
     checkpointing["train"]["gradient_checkpointing"] = True
     # Small parameters (24 and 49 values) then stay gathered: events must reach them too.
     two_ranks = copy.deepcopy(plain)
     two_ranks["deepspeed"] = {"zero_optimization": {"stage3_param_persistence_threshold": 60}}
-    nf4 = run_config(material.folder, NF4, "prompts", quantization="nf4")
+    nf4 = sft_ma_config(material, NF4, "prompts", quantization="nf4")
     folder = material.folder
     return train_all(
         {
@@ -167,30 +108,13 @@ def runs(material: Material) -> dict[str, FinishedRun]:
 
 
 def run_oracle(material: Material, data: str, settings: Settings, *, nf4: bool) -> Case:
-    model = LlamaForCausalLM.from_pretrained(
-        material.folder / "model", dtype=torch.float32, attn_implementation="eager"
-    )
-    # All linear layers inside the blocks; the head and the embeddings stay as they are.
-    linears = {name: module for name, module in model.named_modules() if name.endswith("_proj")}
-    assert len(linears) == 14
-    bases, initial = {}, {}
-    for name, linear in linears.items():
-        weight_OI = linear.weight.detach().clone()
-        bases[name] = through_nf4(weight_OI) if nf4 else weight_OI
-        num_active = int(DENSITY * weight_OI.numel())
-        initial[name] = random_subset(weight_OI.numel(), num_active, seed=settings.seed, name=name)
-    oracle = DenseOracle(model, bases, initial, *material.samples[data], settings)
+    start = Start.load(material, seed=settings.seed, nf4=nf4)
+    oracle = DenseOracle(start.model, start.bases, start.initial_indices, *material.samples[data], settings)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     trace = oracle.run()
     torch.set_num_threads(threads)
     return Case(oracle, trace, settings)
-
-
-def through_nf4(weight_OI: Tensor) -> Tensor:
-    """What is left of a matrix after NF4 in blocks of 64, by bitsandbytes."""
-    packed, state = bnb.quantize_4bit(weight_OI, blocksize=64, quant_type="nf4")
-    return bnb.dequantize_4bit(packed, state)
 
 
 @pytest.fixture(scope="module")
@@ -201,10 +125,6 @@ def plain(material: Material) -> Case:
 @pytest.fixture(scope="module")
 def nf4(material: Material) -> Case:
     return run_oracle(material, "prompts", NF4, nf4=True)
-
-
-def largest_difference(left: list[float], right: list[float]) -> float:
-    return max(abs(a - b) for a, b in zip(left, right, strict=True))
 
 
 @pytest.mark.parametrize("name", ["plain", "nf4"])
@@ -238,9 +158,12 @@ def test_one_rank_follows_the_dense_oracle(
     assert result.indices.keys() == oracle.targets.keys()
     for module, target in oracle.targets.items():
         assert result.indices[module].tolist() == target.indices.tolist(), module
-        expected = target.delta.view(-1)[torch.from_numpy(target.indices)].float()
         torch.testing.assert_close(
-            result.values[module], expected, rtol=VALUE_RTOL, atol=VALUE_ATOL, msg=lambda text, m=module: f"{m}: {text}"
+            result.values[module],
+            target.values,
+            rtol=VALUE_RTOL,
+            atol=VALUE_ATOL,
+            msg=lambda text, m=module: f"{m}: {text}",
         )
 
 

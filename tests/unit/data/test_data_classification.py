@@ -66,9 +66,7 @@ def test_the_order_of_given_labels_counts(write_jsonl: Writer, tokenizer: PreTra
 
 
 def test_long_texts_lose_their_end(write_jsonl: Writer, tokenizer: PreTrainedTokenizerFast) -> None:
-    bundle = build(
-        tokenizer, write_jsonl({"text": "x" * 9, "label": 0}, {"text": "y", "label": 1}), sequence_length=4
-    )
+    bundle = build(tokenizer, write_jsonl({"text": "x" * 9, "label": 0}, {"text": "y", "label": 1}), sequence_length=4)
     assert bundle.train["input_ids"][0] == ids_of("xxx") and bundle.train_data.num_truncated == 1
 
 
@@ -117,7 +115,7 @@ def test_labels_that_do_not_fit(write_jsonl: Writer, tokenizer: PreTrainedTokeni
         build(tokenizer, write_jsonl({"text": "x", "label": "a"}, name="one.jsonl"))
     text = tmp_path / "text.txt"
     text.write_text("running text")
-    with pytest.raises(UserError, match="data.train: .* is running text, which has no labels"):
+    with pytest.raises(UserError, match=r"data.train: .* is running text, which has no labels"):
         build(tokenizer, text)
 
 
@@ -130,5 +128,5 @@ def test_a_language_model_is_told_of_the_task(write_jsonl: Writer, tokenizer: Pr
         num_eval_samples=None,
         labels=None,
     )
-    with pytest.raises(UserError, match="set model.task to sequence_classification"):
+    with pytest.raises(UserError, match=r"set model.task to sequence_classification"):
         build_datasets(settings, tokenizer)

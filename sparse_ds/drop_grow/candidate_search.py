@@ -1,0 +1,180 @@
+"""The K positions of largest dense gradient of one matrix, found by all ranks together.
+
+    for each tile of rows:
+        dense       this rank's gradient of the rows                     rows x cols, transient
+        reduce      mean over ranks, one part per rank                   reduce-scatter
+        keep        of its parts each rank keeps the K largest           at most K entries
+    threshold       the K-th largest of what all ranks kept              6 all-reduces of 16 KiB (radix search)
+    place           the chosen ones in ascending order, sliced over the ranks like the layer's values
+
+What is chosen does not depend on the number of ranks, nor on the tiles. Of the dense gradient no more than one tile is
+ever there: `TileSearch` looks at each part and forgets it. `DenseAccumulator` instead adds the parts up over several
+micro batches, which takes 4 * N / R bytes per rank.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sparse_ds.distributed.gradient_tiles import (
+    counts_of_ranks,
+    part_of_tile,
+    place_slices,
+    reduce_tile,
+    sum_over_ranks,
+)
+from sparse_ds.distributed.process_group import rank, world_size
+from sparse_ds.kernels.values_gradient import gradient_block
+from sparse_ds.selection.largest_keys import LargestKeys, first_places, index_of, kth_smallest_key
+from sparse_ds.sparse.layout import SparseLayout
+from sparse_ds.sparse.sparse_linear import SparseLinear
+
+TILE_BYTES_PER_ELEMENT = 32
+"""Transient bytes per element of a tile at the most, with one rank: the product in 16 bits and in fp32 (6), padded for
+the reduction (4) and its part (4), and the search in it (14, `LargestKeys`), rounded up."""
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """This rank's slice of the candidates of one matrix, sliced like the layer's values."""
+
+    indices: Tensor
+    """[n] dtype of the layer's indices, ascending over all ranks."""
+    gradient: Tensor
+    """[n] fp32, the reduced gradient by which they were found."""
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How one matrix is cut into tiles of whole rows."""
+
+    layout: SparseLayout
+    rows_per_tile: int
+
+    @classmethod
+    def within(cls, layout: SparseLayout, tile_bytes: int, bytes_per_row: int = 0) -> Tiling:
+        """Tiles whose transient memory stays within `tile_bytes` (one row at least).
+
+        Args:
+            layout: of the matrix.
+            tile_bytes: the bound.
+            bytes_per_row: what a row of a tile costs besides (its copy of the output's gradient).
+        """
+        rows = tile_bytes // (TILE_BYTES_PER_ELEMENT * layout.num_cols + bytes_per_row)
+        return cls(layout, max(1, min(rows, layout.num_rows)))
+
+    @property
+    def num_tiles(self) -> int:
+        return math.ceil(self.layout.num_rows / self.rows_per_tile)
+
+    def parts(self) -> Iterator[tuple[int, int]]:
+        """(first flat position, length) of this rank's part of each tile."""
+        for tile in range(self.num_tiles):
+            first_row = tile * self.rows_per_tile
+            num_rows = min(self.rows_per_tile, self.layout.num_rows - first_row)
+            begin, end = part_of_tile(num_rows * self.layout.num_cols)
+            yield first_row * self.layout.num_cols + begin, end - begin
+
+
+def reduced_parts(
+    tiling: Tiling, grad_output_TO: Tensor, input_TI: Tensor, *, squared: bool = False
+) -> Iterator[tuple[int, Tensor]]:
+    """(first flat position, fp32 part of this rank) of the dense gradient, reduced over ranks, tile by tile.
+
+    What is not finite counts as 0: the engine skips such a step on all ranks, and until then no rank may fail alone.
+
+    Args:
+        tiling: of the matrix.
+        grad_output_TO, input_TI: whose product is this rank's dense gradient.
+        squared: square each rank's gradient before the reduction (as the sum over R of its share of the mean).
+
+    Collectives: one reduce-scatter per tile; every rank must read all of them.
+    """
+    for tile, (first, length) in enumerate(tiling.parts()):
+        first_row = tile * tiling.rows_per_tile
+        dense_BI = gradient_block(grad_output_TO, input_TI, first_row, tiling.rows_per_tile)
+        if squared:
+            dense_BI = dense_BI.float().div_(world_size()).square_()
+        part = reduce_tile(dense_BI.view(-1))
+        assert part.numel() == length
+        yield first, part.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+
+
+class TileSearch:
+    """The candidates of one matrix from one micro batch; the dense gradient is never kept.
+
+    Memory: 12 bytes per candidate (at most 12 * K per rank) and the tile.
+    """
+
+    def __init__(self, layer: SparseLinear, tile_bytes: int) -> None:
+        self._layer, self._tile_bytes = layer, tile_bytes
+
+    def find(self, grad_output_TO: Tensor, input_TI: Tensor) -> Candidates:
+        """Collectives: those of `reduced_parts` and `choose`."""
+        tiling = Tiling.within(
+            self._layer.layout, self._tile_bytes, grad_output_TO.shape[0] * grad_output_TO.element_size()
+        )
+        largest = LargestKeys(self._layer.layout.num_slots, input_TI.device)
+        for first, part in reduced_parts(tiling, grad_output_TO, input_TI):
+            largest.add(part, first)
+        return choose(self._layer, tiling, largest)
+
+
+class DenseAccumulator:
+    """This rank's parts of the dense gradient of one matrix, summed over micro batches.
+
+    Memory: 4 * N / R bytes per rank, and the tile.
+
+    Args:
+        layer: the matrix.
+        tile_bytes: bound on the transient memory of a tile.
+        squared: sum the squares of the ranks' gradients.
+        device: of the gradients.
+    """
+
+    def __init__(self, layer: SparseLinear, tile_bytes: int, *, squared: bool, device: torch.device) -> None:
+        self._layer, self._squared = layer, squared
+        self._tiling = Tiling.within(layer.layout, tile_bytes)
+        self.sums = torch.zeros(sum(length for _, length in self._tiling.parts()), device=device)
+        """fp32, the parts of all tiles one after the other."""
+
+    def add(self, grad_output_TO: Tensor, input_TI: Tensor) -> None:
+        """Collectives: those of `reduced_parts`."""
+        position = 0
+        for _, part in reduced_parts(self._tiling, grad_output_TO, input_TI, squared=self._squared):
+            self.sums[position : position + part.numel()].add_(part)
+            position += part.numel()
+
+    def find(self) -> Candidates:
+        """The candidates by the sums so far. Collectives: those of `choose`."""
+        largest = LargestKeys(self._layer.layout.num_slots, self.sums.device)
+        position = 0
+        for first, length in self._tiling.parts():
+            largest.add(self.sums[position : position + length], first)
+            position += length
+        return choose(self._layer, self._tiling, largest)
+
+
+def choose(layer: SparseLinear, tiling: Tiling, largest: LargestKeys) -> Candidates:
+    """The K largest of what all ranks kept, in ascending order, sliced over the ranks like the layer's values.
+
+    Collectives: 6 all-reduces of 16 KiB, one all-gather of 8 bytes per tile, two reduce-scatters of K elements.
+    """
+    kth = kth_smallest_key(largest.keys, layer.layout.num_slots, sum_over_ranks)
+    chosen = largest.keys <= kth
+    indices, gradient = index_of(largest.keys[chosen]), largest.scores[chosen]
+    ends = torch.tensor([first + length for first, length in tiling.parts()], device=indices.device)
+    up_to_P = torch.searchsorted(indices, ends)
+    counts_P = up_to_P.diff(prepend=up_to_P.new_zeros(1))
+    first_P = first_places(counts_of_ranks(counts_P))[rank()]
+    # Within a tile a rank's entries follow one another.
+    tile_of = torch.repeat_interleave(torch.arange(tiling.num_tiles, device=indices.device), counts_P)
+    own = torch.arange(indices.numel(), device=indices.device)
+    places = first_P[tile_of] + own - (up_to_P - counts_P)[tile_of]
+    slices = place_slices(layer.values, places, [indices, gradient])
+    return Candidates(slices[0].to(layer.layout.index_dtype), slices[1])
