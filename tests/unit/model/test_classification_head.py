@@ -32,10 +32,11 @@ def build(folder: Path, whole: Any, dtype: torch.dtype) -> tuple[PreTrainedModel
     base = BaseSettings(dtype=dtype, nf4=False, double_quantization=False, attention="eager")
     classification = Classification(LABELS, PAD)
     model = empty_model(checkpoint, base, classification)
-    layouts = plan_layouts(model, SparseSettings("all-linear", density=0.1, seed=3))
+    sparse = SparseSettings("all-linear", density=0.1, seed=3)
+    layouts = plan_layouts(model, sparse)
     head_LD = initial_head(checkpoint, classification, model.config.hidden_size, seed=3)
     install_head(model, head_LD, torch.float32, whole)
-    build_sparse_model(checkpoint, model, layouts, base, 3, whole, torch.device("cpu"))
+    build_sparse_model(checkpoint, model, layouts, base, sparse, whole, torch.device("cpu"))
     return model, head_LD
 
 
