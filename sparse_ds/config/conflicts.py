@@ -31,6 +31,8 @@ METHOD_KEYS = (
     "gradient_accumulator_limit_gib",
     "random_growth_fraction",
     "sampling",
+    "train_biases",
+    "train_norms",
 )
 
 

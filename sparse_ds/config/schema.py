@@ -139,6 +139,10 @@ class MethodConfig(_Section):
     sampling: Literal["exact", "bernoulli"] = "exact"
     """How the random weights of `sparta` are drawn: exactly floor(density * N) of them, or each with probability
     `density`."""
+    train_biases: bool = False
+    """Train entries of the biases of the target linears too: the same share, at least one of each; `sparta` only."""
+    train_norms: bool = False
+    """Train entries of the weights of all norms too: the same share, at least one of each; `sparta` only."""
 
     @field_validator("name")
     @classmethod

@@ -7,7 +7,8 @@
                                     <module>.values   fp32 [K]   merged weight = round(fp32 w + fp32 value)
                                     <tensor>          fp32       the head of a classification: `score.weight`
 
-`<module>` is the module's name in the transformers model, e.g. `model.layers.0.self_attn.q_proj`. The file needs no
+`<module>` is the module's name in the transformers model, e.g. `model.layers.0.self_attn.q_proj`, and the deltas are
+those of its weight; a name that ends in `.bias` is that bias itself. A vector of D is a matrix [D, 1]. The file needs no
 part of this project to be read. A loaded `Adapter` reads one module at a time, so its size does not count in memory.
 """
 
@@ -61,7 +62,7 @@ class AdapterConfig(BaseModel):
     """Active / total weights of each target matrix, as configured."""
     base: AdapterBase
     shapes: dict[str, tuple[PositiveInt, PositiveInt]]
-    """Module name -> shape of its weight, [out, in]."""
+    """Module name -> shape of its weight, [out, in]; [D, 1] for the weight of a norm and for `<module>.bias`."""
     dense_shapes: dict[str, tuple[PositiveInt, ...]] = {}
     """Name -> shape of tensors that trained as a whole: stored themselves, not as deltas."""
     task: Literal["causal_lm", "sequence_classification"] = "causal_lm"
@@ -79,6 +80,11 @@ class StoredAdapterConfig(AdapterConfig):
     sparse_ds_version: str
     index_hash: str
     """`hash_indices` of all modules: equal to that of the run's last event."""
+
+
+def tensor_name(module_name: str) -> str:
+    """The tensor of the base that the deltas of a name of `shapes` belong to."""
+    return module_name if module_name.endswith(".bias") else f"{module_name}.weight"
 
 
 class Deltas(NamedTuple):

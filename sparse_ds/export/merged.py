@@ -31,7 +31,7 @@ from transformers import (
 )
 
 from sparse_ds.config.errors import UserError
-from sparse_ds.export.adapter import Adapter, Deltas, load_adapter
+from sparse_ds.export.adapter import Adapter, Deltas, load_adapter, tensor_name
 from sparse_ds.export.checkpoint_writer import DTYPES, WrittenCheckpoint, write_checkpoint
 from sparse_ds.export.classifier import classifier_config
 from sparse_ds.export.model_card import merged_model_card
@@ -116,7 +116,7 @@ class _Merge:
         self._adapter = adapter
         self._device = device
         self._dtype = DTYPES[adapter.config.base.dtype]
-        self._module_by_tensor = {f"{name}.weight": name for name in adapter.config.shapes}
+        self._module_by_tensor = {tensor_name(name): name for name in adapter.config.shapes}
         self.num_deltas = 0
         self.num_nonzero_deltas = 0
         self.num_hidden_deltas = 0
@@ -142,7 +142,7 @@ class _Merge:
 
     def _training_weight(self, stored: Tensor) -> Tensor:
         """The frozen base weight as the training saw it: a new tensor on the device."""
-        if self._adapter.config.base.quantization == "none":
+        if self._adapter.config.base.quantization == "none" or stored.dim() == 1:
             return stored.to(self._device, self._dtype, copy=True).contiguous()
         quantized = quantize_nf4(
             stored.to(self._device, self._dtype), double_quantization=self._adapter.config.base.double_quantization
@@ -195,10 +195,13 @@ def _check_fits(adapter: Adapter, checkpoint: BaseCheckpoint, layout: dict[str, 
             f"({len(missing)} are missing). Get the checkpoint again, complete."
         )
     trained_on = f"Adapter '{adapter.folder}' was trained on '{adapter.config.base.name}'"
-    trained_shapes = {f"{module_name}.weight": shape for module_name, shape in adapter.config.shapes.items()}
+    trained_shapes = {tensor_name(name): shape for name, shape in adapter.config.shapes.items()}
     for name, shape in sorted({**trained_shapes, **dense}.items()):
-        found = f"shape {list(layout[name].shape)}" if name in layout else "no such parameter of its own"
-        if name not in layout or tuple(layout[name].shape) != shape:
+        found_shape = tuple(layout[name].shape) if name in layout else ()
+        found = f"shape {list(found_shape)}" if name in layout else "no such parameter of its own"
+        if len(found_shape) == 1 and name in trained_shapes:
+            found_shape = (*found_shape, 1)
+        if found_shape != shape:
             raise UserError(
                 f"{trained_on}, where '{name}' has shape {list(shape)}; base '{checkpoint.folder}' has {found}. "
                 "Give the base that it was trained on."

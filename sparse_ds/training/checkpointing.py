@@ -26,7 +26,7 @@ from sparse_ds.drop_grow.weight_states import WeightStates
 from sparse_ds.model.base_checkpoint import BaseCheckpoint
 from sparse_ds.optim.sm3 import SparseSM3
 from sparse_ds.optim.sparse_adamw import SparseAdamW
-from sparse_ds.sparse.sparse_linear import SparseLinear
+from sparse_ds.sparse.sparse_linear import SparseLayer
 from sparse_ds.training.setup import PreparedModel
 
 if TYPE_CHECKING:
@@ -177,7 +177,7 @@ class RunCheckpoints:
                 group["lr"] = learning_rate
 
     @property
-    def _layers(self) -> dict[str, SparseLinear]:
+    def _layers(self) -> dict[str, SparseLayer]:
         return self._prepared.layers
 
     def _items(

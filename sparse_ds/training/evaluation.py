@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sparse_ds.distributed.process_group import rank, world_size
 from sparse_ds.distributed.zero3_partitions import all_reduce_sum
-from sparse_ds.sparse.sparse_linear import SparseLinear
+from sparse_ds.sparse.sparse_linear import SparseLayer
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def heldout_loss(
     Collectives: those of ZeRO-3's forward, then one all-reduce; every rank must call it.
     """
     num_batches = -(-len(dataset) // batch_size)
-    layers = [module for module in model.modules() if isinstance(module, SparseLinear)]
+    layers = [module for module in model.modules() if isinstance(module, SparseLayer)]
     was_training = model.training
     model.eval()
     total_nll, num_counted, num_right = 0.0, 0, 0
@@ -76,7 +76,7 @@ def heldout_loss(
     return HeldoutResult(total_nll / all_counted, int(all_counted), _hidden_fraction(layers), accuracy)
 
 
-def _hidden_fraction(layers: list[SparseLinear]) -> float | None:
+def _hidden_fraction(layers: list[SparseLayer]) -> float | None:
     if not layers:
         return None
     hidden = sum(layer.hidden_deltas[0] for layer in layers)

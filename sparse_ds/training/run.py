@@ -225,8 +225,8 @@ class _Training:
             self.answers = _Answers(prompt, before=self._answer(prompt))
 
     def _bind_sparse(self, optimizer: SparseSM3 | SparseAdamW, total_steps: int) -> None:
-        config, layers, master = self.config, self.prepared.layers, self.master
-        bind_optimizer(optimizer, layers, master, self.prepared.dense_parameters)
+        config, layers, master = self.config, self.prepared.matrices, self.master
+        bind_optimizer(optimizer, self.prepared.layers, master, self.prepared.dense_parameters)
         if isinstance(optimizer, SparseSM3):
             self.trainer.add_callback(MergeAccumulators(optimizer, self.device))
         self.weight_states = WeightStates(

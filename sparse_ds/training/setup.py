@@ -28,6 +28,7 @@ from sparse_ds.model.build import (
     build_sparse_model,
     empty_model,
     plan_layouts,
+    plan_vector_layouts,
 )
 from sparse_ds.model.classification_head import Classification, initial_head, install_head
 from sparse_ds.optim.flat_segment import FlatSegment
@@ -36,7 +37,7 @@ from sparse_ds.optim.sparse_adamw import SparseAdamW
 from sparse_ds.selection.registry import find_growth
 from sparse_ds.selection.schedule import is_event, num_to_replace
 from sparse_ds.sparse.layout import SparseLayout
-from sparse_ds.sparse.sparse_linear import SparseLinear
+from sparse_ds.sparse.sparse_linear import SparseLayer, SparseLinear
 
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 """`optimizer.schedule` -> transformers' name; all begin with the warm-up."""
@@ -49,10 +50,15 @@ class PreparedModel:
     """A model whose parameters are all partitioned, and its sparse layers by name (none for `full`)."""
 
     model: PreTrainedModel
-    layers: dict[str, SparseLinear]
+    layers: dict[str, SparseLayer]
     num_trained_weights: int
     num_weights: int
     classification: Classification | None = None
+
+    @property
+    def matrices(self) -> dict[str, SparseLinear]:
+        """The sparse layers without biases and norms: what events may change."""
+        return {name: layer for name, layer in self.layers.items() if isinstance(layer, SparseLinear)}
 
     @property
     def dense_parameters(self) -> dict[str, Parameter]:
@@ -106,12 +112,15 @@ def prepare_model(
                 config.train.seed,
                 bernoulli=config.method.sampling == "bernoulli",
                 slots_per_active=config.method.redistribution_factor or 1.0,
+                train_biases=config.method.train_biases,
+                train_norms=config.method.train_norms,
             )
             layouts = plan_layouts(model, sparse)
             check_accumulator_limit(config, layouts, world_size())
-            build_sparse_model(checkpoint, model, layouts, base, sparse, partitioned, device)
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, SparseLinear)}
-    num_sparse = sum(layout.num_active for layout in layouts.values())
+            vectors = plan_vector_layouts(model, layouts, sparse)
+            build_sparse_model(checkpoint, model, layouts, base, sparse, partitioned, device, vectors)
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, SparseLayer)}
+    num_sparse = sum(layer.num_active for layer in layers.values())
     num_trained = num_sparse + num_head_weights if layouts else num_weights
     return PreparedModel(model, layers, num_trained, num_weights, classification)
 
@@ -168,7 +177,7 @@ def make_training_arguments(
 
 def bind_optimizer(
     optimizer: SparseSM3 | SparseAdamW,
-    layers: dict[str, SparseLinear],
+    layers: Mapping[str, SparseLayer],
     master: MasterWeights,
     dense: Mapping[str, Parameter] | None = None,
 ) -> None:

@@ -19,7 +19,12 @@ from sparse_ds.distributed.zero3_partitions import local_partition
 from sparse_ds.training import run as run_module
 from sparse_ds.training.trainer import SparseTrainer
 
-METHODS = ["sparta", "sft_ma", "sft_ag"]
+METHODS: dict[str, dict[str, Any]] = {
+    "sparta": {"name": "sparta"},
+    "sparta_with_norms": {"name": "sparta", "train_norms": True},
+    "sft_ma": {"name": "sft_ma"},
+    "sft_ag": {"name": "sft_ag"},
+}
 NUM_STEPS = 7
 
 
@@ -36,6 +41,12 @@ def train_and_hash(settings: dict[str, Any]) -> dict[str, Any]:
     class HashAtEnd(TrainerCallback):
         def __init__(self, trainer: SparseTrainer) -> None:
             self._trainer = trainer
+
+        def on_step_end(
+            self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        ) -> None:
+            gathered = [name for name, p in self._trainer.model.named_parameters() if p.data.numel() > 0]
+            assert not gathered, f"{gathered} stay gathered after step {state.global_step}"
 
         def on_train_end(
             self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -67,7 +78,7 @@ def test_the_base_stays_bit_for_bit(tmp_path: Path, tiny_base: Path, method: str
     settings = {
         "model": {"name_or_path": str(tiny_base), "task": "sequence_classification", "quantization": quantization},
         "data": {"train": str(data), "eval": None},
-        "method": {"name": method, "density": 0.05},
+        "method": {**METHODS[method], "density": 0.05},
         "optimizer": {"learning_rate": 0.01},
         "train": {
             "output_dir": str(tmp_path / "run"),
@@ -75,6 +86,7 @@ def test_the_base_stays_bit_for_bit(tmp_path: Path, tiny_base: Path, method: str
             "micro_batch_size": 2,
             "gradient_accumulation_steps": 2,
             "cpu_threads": 1,
+            "gradient_checkpointing": METHODS[method].get("train_norms", False),
         },
         "export": {"merged": False},
         "monitor": {"progress_bar": False},

@@ -33,6 +33,7 @@ from transformers import (
 from sparse_ds.cli import USER_ERROR_EXIT_CODE
 
 METHOD = "sft_ma"
+EVENT_KEYS = ("method.interval_steps", "method.estimation_steps")
 LABELS = ("bad", "fair", "good")
 HINTS = {"bad": "angry", "fair": "plain", "good": "happy"}
 WORDS = ["<unk>", "<s>", "</s>", *HINTS.values(), *LABELS, *(f"w{number}" for number in range(6))]
@@ -213,6 +214,52 @@ def test_what_did_not_train_is_the_base(work: Path, two_ranks: FinishedRun) -> N
         assert bool(same.all()), name
 
 
+def test_biases_and_norms_train_and_merge(work: Path) -> None:
+    """SpaRTA with everything that it can train: two ranks, then one from their checkpoint, then plain transformers."""
+    settings = ["method.name=sparta", "method.train_biases=true", "method.train_norms=true"]
+    settings += ["train.output_dir=sparta", "train.micro_batch_size=4", "optimizer.learning_rate=0.01"]
+    arguments = without([*ARGUMENTS, *set_words(settings)], *EVENT_KEYS)
+    arguments[1] = "zero3_full"
+    ranks = train_in_forks([arguments] * 2, [work] * 2)
+    assert [rank.exit_code for rank in ranks] == [0, 0], ranks
+    two = FinishedRun.read(work / "sparta")
+    trained = {name.removesuffix(".values") for name in two.adapter if name.endswith(".values")}
+    biases = {name for name in trained if name.endswith(".bias")}
+    norms = {name for name in trained if name.endswith("norm")}
+    assert len(biases) == 8 and len(norms) == 5 and len(trained) == 14 + 8 + 5
+    assert all(bool(two.adapter[f"{name}.values"].any()) for name in biases | norms if "k_proj" not in name)
+    assert two.summary["heldout_accuracy_after"] > 0.9
+    assert heldout_loss_of(work, work / "sparta" / "merged") == pytest.approx(
+        two.summary["heldout_loss_after"], rel=0, abs=1e-5
+    )
+    shutil.rmtree(work / "sparta" / f"checkpoint-{NUM_STEPS}")
+    ranks = train_in_forks([[*arguments, "--resume", "auto"]], [work])
+    assert ranks[0].exit_code == 0, ranks
+    one = FinishedRun.read(work / "sparta")
+    assert one.losses == pytest.approx(two.losses, rel=0, abs=LOSS_TOLERANCE)
+
+
+def heldout_loss_of(work: Path, merged: Path) -> float:
+    """In plain transformers."""
+    model = AutoModelForSequenceClassification.from_pretrained(merged)
+    tokenizer: Any = AutoTokenizer.from_pretrained(merged)
+    tokenizer.pad_token = tokenizer.eos_token
+    rows = [json.loads(line) for line in (work / "eval.jsonl").read_text(encoding="utf-8").splitlines()]
+    batch = tokenizer([row["sentence"] for row in rows], padding=True, return_tensors="pt")
+    labels = torch.tensor([model.config.label2id[row["label"]] for row in rows])
+    with torch.no_grad():
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    return float(F.cross_entropy(logits, labels))
+
+
+def without(arguments: list[str], *keys: str) -> list[str]:
+    """The command line without the settings of some keys."""
+    kept = [word for word in arguments if not word.startswith(tuple(f"{key}=" for key in keys))]
+    return [
+        word for word, following in zip(kept, [*kept[1:], ""], strict=True) if word != "--set" or following != "--set"
+    ]
+
+
 def test_full_training_and_label_words(work: Path) -> None:
     run = "full"
     settings = [
@@ -224,14 +271,8 @@ def test_full_training_and_label_words(work: Path) -> None:
         "train.micro_batch_size=16",
         "checkpoint.interval_steps=null",
     ]
-    idle = ("method.density", "method.interval_steps", "method.estimation_steps")
-    arguments = [*ARGUMENTS, *set_words(settings)]
-    config = json.loads((Path(__file__).parents[2] / "configs" / "zero3_full.json").read_text(encoding="utf-8"))
-    (work / "full.json").write_text(json.dumps(config), encoding="utf-8")
-    arguments[1] = "full.json"
-    for key in idle:
-        at = next(number for number, word in enumerate(arguments) if word.startswith(f"{key}="))
-        del arguments[at - 1 : at + 1]
+    arguments = without([*ARGUMENTS, *set_words(settings)], "method.density", *EVENT_KEYS)
+    arguments[1] = "zero3_full"
     ranks = train_in_forks([arguments], [work])
     assert ranks[0].exit_code == 0, ranks
     model = AutoModelForSequenceClassification.from_pretrained(work / run / "merged")

@@ -373,3 +373,31 @@ def test_a_head_of_another_size_is_refused(
     save_adapter(tmp_path / "adapter", as_items(deltas), config=config, dense={"score.weight": torch.zeros(2, 8)})
     with pytest.raises(UserError, match=r"'score.weight' has shape \[2, 8\]; base .* has shape \[2, 24\]"):
         merge_adapter(make_base(), tmp_path / "adapter", tmp_path / "merged")
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_biases_and_norms(
+    make_base: MakeBase, adapter_config: AdapterConfig, tmp_path: Path, quantization: str
+) -> None:
+    """Vectors are never quantized: their deltas lie on the base's own numbers."""
+    base = make_base(attention_bias=True)
+    indices, values = torch.tensor([1, 5, 23], dtype=torch.int32), torch.tensor([0.5, -0.25, 1.0])
+    tensors = {
+        "model.norm": "model.norm.weight",
+        "model.layers.1.input_layernorm": "model.layers.1.input_layernorm.weight",
+        f"{Q_PROJ}.bias": f"{Q_PROJ}.bias",
+    }
+    trained = adapter_config.base.model_copy(update={"quantization": quantization})
+    config = adapter_config.model_copy(update={"shapes": dict.fromkeys(tensors, (24, 1)), "base": trained})
+    save_adapter(tmp_path / "adapter", ((name, indices.clone(), values.clone()) for name in tensors), config=config)
+    merge_adapter(base, tmp_path / "adapter", tmp_path / "merged")
+    stored, merged = load_file(base / "model.safetensors"), load_file(tmp_path / "merged" / "model.safetensors")
+    for name, tensor in merged.items():
+        expected = stored[name].bfloat16()
+        if name in tensors.values():
+            expected[indices.long()] = (expected[indices.long()].float() + values).bfloat16()
+        assert torch.equal(tensor, expected), name
+    wrong = adapter_config.model_copy(update={"shapes": {"model.norm": (30, 1)}})
+    save_adapter(tmp_path / "wrong", [("model.norm", indices, values)], config=wrong)
+    with pytest.raises(UserError, match=r"'model.norm.weight' has shape \[30, 1\]; base .* has shape \[24\]"):
+        merge_adapter(base, tmp_path / "wrong", tmp_path / "other")
