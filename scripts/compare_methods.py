@@ -1,37 +1,59 @@
-"""Sparse fine-tuning beside full fine-tuning and peft's LoRA, on one model and one text.
+"""All methods on one model and one text, with equally many trained weights: a table of held-out losses.
 
     python scripts/compare_methods.py --model MODEL_FOLDER --text TEXT_FILE --output runs/compare
 
-The first 85 % of the text's lines train, the rest is held out. `sft_ma` and `full` run through launcher/train.py on two
-ZeRO-3 ranks; LoRA runs in this process (plain torch, peft) over the same base weights (dequantized NF4), with the rank
-whose number of trained weights is nearest to `sft_ma`'s, on the same batches in the same order. Every method is run
-with each learning rate of its list and the best held-out loss is reported, with all others listed.
+The first 85 % of the text's lines train, the rest is held out. Every method runs with each learning rate of a grid of
+its own (three, a factor of the root of 10 apart) with the first seed. If the best is at an edge of the grid, the grid
+is extended there by one, as often as needed. The best learning rate then runs with the other seeds. Nothing else is
+tuned: density, S, gamma and alpha are the defaults for all. Sparse methods and `full` run through launcher/train.py over an
+NF4 base (`full`: bf16), LoRA through scripts/lora_baseline.py over the same NF4 weights. All see the same batches.
+
+A run that is finished is kept in the output folder and not repeated, so the script can be interrupted.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
+import statistics
 import subprocess
 import sys
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-LEARNING_RATES = {"sft_ma": (3e-3, 1e-2, 3e-2), "full": (5e-4, 1e-3, 2e-3), "lora": (1e-3, 3e-3, 1e-2)}
+ROOT_OF_10 = 10**0.5
 
 
-@dataclass(frozen=True)
-class Result:
+class Method(NamedTuple):
+    """One line of the table."""
+
+    config: str
+    """In configs/; empty: LoRA."""
+    middle_rate: float
+    """The middle of the grid of learning rates."""
+    overrides: dict[str, Any]
+
+
+METHODS = {
+    "SFT-AG": Method("zero3_sft_ag", 1e-2, {}),
+    "SFT-MA": Method("zero3_sft_ma", 1e-2, {}),
+    "SFT-MA, 10 % of the growth random": Method("zero3_sft_ma", 1e-2, {"method.random_growth_fraction": 0.1}),
+    "SpaRTA": Method("zero3_sft_ag", 1e-2, {"method.name": "sparta"}),
+    "Fisher": Method("zero3_sft_ag", 1e-2, {"method.name": "fisher"}),
+    "accumulated gradient": Method("zero3_sft_ag", 1e-2, {"method.name": "accumulated_gradient"}),
+    "LoRA (peft)": Method("", 3e-3, {}),
+    "full": Method("zero3_full", 1e-3, {}),
+}
+
+
+class Job(NamedTuple):
     """One run."""
 
     method: str
     learning_rate: float
-    num_trained_weights: int
-    loss_before: float
-    loss_after: float
+    seed: int
 
 
 def main() -> None:
@@ -39,174 +61,168 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True, help="folder of a Llama checkpoint")
     parser.add_argument("--text", type=Path, required=True, help="plain text")
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--batch", type=int, default=8, help="samples a step over both ranks")
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--batch", type=int, default=8, help="samples a step")
     parser.add_argument("--sequence-length", type=int, default=256)
     parser.add_argument("--density", type=float, default=0.05)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--methods", nargs="+", choices=list(LEARNING_RATES), default=list(LEARNING_RATES))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each on one thread")
     arguments = parser.parse_args()
-    train_file, heldout_file = split_text(arguments.text, arguments.output)
-    results = []
-    for method in arguments.methods:
-        for learning_rate in LEARNING_RATES[method]:
-            run = run_lora if method == "lora" else run_launcher
-            results.append(run(arguments, method, learning_rate, train_file, heldout_file))
-            print(results[-1], flush=True)
-    print(table(results, arguments.methods))
+    split_text(arguments.text, arguments.output)
+    with ThreadPoolExecutor(max_workers=arguments.jobs) as pool:
+        best = {method: pool.submit(search, arguments, method) for method in arguments.methods}
+        rates = {method: future.result() for method, future in best.items()}
+        jobs = [Job(method, rate, seed) for method, rate in rates.items() for seed in arguments.seeds[1:]]
+        list(pool.map(lambda job: run(arguments, job), jobs))
+    print(table(arguments, rates))
 
 
-def split_text(text: Path, output: Path) -> tuple[Path, Path]:
+def split_text(text: Path, output: Path) -> None:
     """First 85 % of the lines to train.txt, the rest to heldout.txt."""
     output.mkdir(parents=True, exist_ok=True)
     lines = text.read_text(encoding="utf-8").splitlines(keepends=True)
     cut = int(len(lines) * 0.85)
-    train_file, heldout_file = output / "train.txt", output / "heldout.txt"
-    train_file.write_text("".join(lines[:cut]), encoding="utf-8")
-    heldout_file.write_text("".join(lines[cut:]), encoding="utf-8")
-    return train_file, heldout_file
+    (output / "train.txt").write_text("".join(lines[:cut]), encoding="utf-8")
+    (output / "heldout.txt").write_text("".join(lines[cut:]), encoding="utf-8")
 
 
-def run_launcher(
-    arguments: argparse.Namespace, method: str, learning_rate: float, train_file: Path, heldout_file: Path
-) -> Result:
-    """One run of launcher/train.py on two ranks."""
-    folder = arguments.output / f"{method}_lr{learning_rate:g}"
+def search(arguments: argparse.Namespace, method: str) -> float:
+    """The best learning rate with the first seed."""
+    middle = METHODS[method].middle_rate
+    losses: dict[int, float] = {}
+    wanted = [-1, 0, 1]
+    while wanted:
+        for step in wanted:
+            job = Job(method, round_rate(middle * ROOT_OF_10**step), arguments.seeds[0])
+            losses[step] = run(arguments, job)["heldout_loss_after"]
+        best = min(losses, key=lambda step: losses[step])
+        wanted = [step for step in (best - 1, best + 1) if step not in losses]
+    return round_rate(middle * ROOT_OF_10**best)
+
+
+def round_rate(rate: float) -> float:
+    """Two digits."""
+    return float(f"{rate:.1e}")
+
+
+def run(arguments: argparse.Namespace, job: Job) -> dict[str, Any]:
+    """The summary of one run, made if it is not there yet."""
+    folder = run_folder(arguments, job)
+    result = result_file(arguments, job)
+    if not result.exists():
+        command = lora_command(arguments, job) if not METHODS[job.method].config else launch_command(arguments, job)
+        log = arguments.output / f"{folder.name}.log"
+        with log.open("w", encoding="utf-8") as file:
+            subprocess.run(command, check=True, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT)
+        if METHODS[job.method].config:
+            lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        else:
+            lines = log.read_text(encoding="utf-8").splitlines()
+        result.write_text(lines[-1], encoding="utf-8")
+        print(
+            f"{job.method}, lr {job.learning_rate:g}, seed {job.seed}: {load(result)['heldout_loss_after']}", flush=True
+        )
+    return load(result)
+
+
+def load(result: Path) -> dict[str, Any]:
+    """One summary; a loss that is not finite counts as infinite."""
+    summary: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
+    if summary["heldout_loss_after"] is None:
+        summary["heldout_loss_after"] = float("inf")
+    return summary
+
+
+def run_folder(arguments: argparse.Namespace, job: Job) -> Path:
+    name = "".join(letter if letter.isalnum() else "_" for letter in job.method)
+    folder: Path = arguments.output / f"{name}_lr{job.learning_rate:.1e}_seed{job.seed}"
+    return folder
+
+
+def result_file(arguments: argparse.Namespace, job: Job) -> Path:
+    """Where the summary of a finished run lies."""
+    folder: Path = arguments.output / f"{run_folder(arguments, job).name}.json"
+    return folder
+
+
+def launch_command(arguments: argparse.Namespace, job: Job) -> list[str]:
+    """One run of launcher/train.py on one rank."""
+    method = METHODS[job.method]
     overrides = {
-        "model.name_or_path": arguments.model,
-        "data.train": train_file,
-        "data.eval": heldout_file,
+        "model.name_or_path": arguments.model.resolve(),
+        "data.train": (arguments.output / "train.txt").resolve(),
+        "data.eval": (arguments.output / "heldout.txt").resolve(),
         "data.format": "text",
         "data.sequence_length": arguments.sequence_length,
-        "optimizer.learning_rate": learning_rate,
-        "train.output_dir": folder,
+        "optimizer.learning_rate": job.learning_rate,
+        "train.output_dir": run_folder(arguments, job).resolve(),
         "train.overwrite": "true",
         "train.max_steps": arguments.steps,
-        "train.micro_batch_size": arguments.batch // 2,
-        "train.gradient_accumulation_steps": 1,
-        "train.seed": arguments.seed,
+        "train.micro_batch_size": arguments.batch,
+        "train.global_batch_size": arguments.batch,
+        "train.cpu_threads": 1,
+        "train.seed": job.seed,
         "monitor.num_sample_prompts": 0,
+        "monitor.progress_bar": "false",
         "export.merged": "false",
+        **method.overrides,
     }
-    if method == "sft_ma":
+    if method.config != "zero3_full":
         overrides["method.density"] = arguments.density
-    launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", "2"]
-    command = [*launcher, str(ROOT / "launcher/train.py"), "--config", f"zero3_{method}"]
+    command = [sys.executable, str(ROOT / "launcher" / "train.py"), "--config", method.config]
     for key, value in overrides.items():
         command += ["--set", f"{key}={value}"]
-    with (arguments.output / f"{folder.name}.log").open("w") as log:
-        subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT)
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    summary = json.loads(lines[-1])
-    return Result(
-        method,
-        learning_rate,
-        summary["num_trained_weights"],
-        summary["heldout_loss_before"],
-        summary["heldout_loss_after"],
-    )
+    return command
 
 
-def run_lora(
-    arguments: argparse.Namespace, method: str, learning_rate: float, train_file: Path, heldout_file: Path
-) -> Result:
-    """peft's LoRA with AdamW on the same samples a step, warm-up and schedule."""
-    import torch
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, AutoTokenizer, get_linear_schedule_with_warmup
-
-    from sparse_ds.data import CausalCollator, build_dataset
-    from sparse_ds.training.global_order import GlobalOrderSampler
-
-    torch.manual_seed(arguments.seed)
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.bfloat16)
-    targets = [module for name, module in model.named_modules() if is_target(name, module)]
-    for module in targets:
-        module.weight.data = dequantized_nf4(module.weight.data)
-    num_active = sum(math.floor(arguments.density * module.weight.numel()) for module in targets)
-    lora_rank = round(num_active / sum(module.in_features + module.out_features for module in targets))
-    names = sorted({name.rsplit(".", 1)[-1] for name, module in model.named_modules() if is_target(name, module)})
-    model = get_peft_model(
-        model, LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, lora_dropout=0.0, target_modules=names)
-    )
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in trained:
-        parameter.data = parameter.data.float()
-    optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.0)
-    schedule = get_linear_schedule_with_warmup(optimizer, math.ceil(0.03 * arguments.steps), arguments.steps)
-    options = {"data_format": "text", "sequence_length": arguments.sequence_length}
-    train = build_dataset(train_file, tokenizer, **options).dataset
-    heldout = build_dataset(heldout_file, tokenizer, **options).dataset
-    collate = CausalCollator(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)
-    loss_before = heldout_loss(model, heldout, collate, arguments.batch)
-    order = GlobalOrderSampler(len(train), arguments.batch, arguments.seed)
-    indices: list[int] = []
-    for step in range(arguments.steps):
-        if len(indices) < arguments.batch:
-            order.set_epoch(step * arguments.batch // len(order))
-            indices = list(order)
-        chosen, indices = indices[: arguments.batch], indices[arguments.batch :]
-        batch = collate([train[i] for i in chosen])
-        loss = model(**batch).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-    loss_after = heldout_loss(model, heldout, collate, arguments.batch)
-    return Result(method, learning_rate, sum(p.numel() for p in trained), loss_before, loss_after)
+def lora_command(arguments: argparse.Namespace, job: Job) -> list[str]:
+    """One run of scripts/lora_baseline.py."""
+    options = {
+        "model": arguments.model,
+        "train": arguments.output / "train.txt",
+        "heldout": arguments.output / "heldout.txt",
+        "learning-rate": job.learning_rate,
+        "density": arguments.density,
+        "steps": arguments.steps,
+        "batch": arguments.batch,
+        "sequence-length": arguments.sequence_length,
+        "seed": job.seed,
+    }
+    command = [sys.executable, str(ROOT / "scripts" / "lora_baseline.py")]
+    for name, value in options.items():
+        command += [f"--{name}", str(value.resolve() if isinstance(value, Path) else value)]
+    return command
 
 
-def is_target(name: str, module: Any) -> bool:
-    """Linear layers inside the transformer blocks."""
-    import torch
-
-    return isinstance(module, torch.nn.Linear) and ".layers." in name
-
-
-def dequantized_nf4(weight: Any) -> Any:
-    """The weight after a round trip through NF4."""
-    import bitsandbytes.functional as bnb
-
-    packed, state = bnb.quantize_4bit(weight.contiguous(), blocksize=64, quant_type="nf4")
-    return bnb.dequantize_4bit(packed, state)
-
-
-def heldout_loss(model: Any, dataset: Any, collate: Any, batch_size: int) -> float:
-    """Mean loss per token."""
-    import torch
-    import torch.nn.functional as F
-
-    total, count = 0.0, 0
-    model.eval()
-    with torch.no_grad():
-        for first in range(0, len(dataset), batch_size):
-            rows = [dataset[i] for i in range(first, min(first + batch_size, len(dataset)))]
-            batch = collate(rows)
-            targets = batch.pop("labels")[:, 1:]
-            logits = model(**batch).logits[:, :-1].float()
-            total += float(F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum"))
-            count += int((targets != -100).sum())
-    model.train()
-    return total / count
-
-
-def table(results: list[Result], methods: list[str]) -> str:
-    """Markdown: the best learning rate of each method, and every run."""
+def table(arguments: argparse.Namespace, rates: dict[str, float]) -> str:
+    """Markdown: mean and range over the seeds at the best rate, and every rate of the search."""
     lines = [
-        "| method | trained weights | best lr | held-out before | after | all (lr: after) |",
-        "|---|--:|--:|--:|--:|---|",
+        f"{arguments.steps} steps of {arguments.batch} x {arguments.sequence_length} tokens, seeds {arguments.seeds}",
+        "",
+        "| method | trained weights | lr | held-out before | after: mean | per seed | search (lr: after) |",
+        "|---|--:|--:|--:|--:|---|---|",
     ]
-    for method in methods:
-        runs = [result for result in results if result.method == method]
-        best = min(runs, key=lambda result: result.loss_after)
-        others = ", ".join(f"{result.learning_rate:g}: {result.loss_after:.3f}" for result in runs)
+    for method, rate in rates.items():
+        runs = [run(arguments, Job(method, rate, seed)) for seed in arguments.seeds]
+        losses = [summary["heldout_loss_after"] for summary in runs]
         lines.append(
-            f"| {method} | {best.num_trained_weights:,} | {best.learning_rate:g} | {best.loss_before:.3f} | "
-            f"{best.loss_after:.3f} | {others} |"
+            f"| {method} | {runs[0]['num_trained_weights']:,} | {rate:g} | {runs[0]['heldout_loss_before']:.3f} | "
+            f"{statistics.mean(losses):.3f} | {', '.join(f'{loss:.3f}' for loss in losses)} | "
+            f"{', '.join(searched(arguments, method))} |"
         )
     return "\n".join(lines)
+
+
+def searched(arguments: argparse.Namespace, method: str) -> list[str]:
+    """Every run of the search that is there: `lr: loss`."""
+    found = []
+    for step in range(-6, 7):
+        rate = round_rate(METHODS[method].middle_rate * ROOT_OF_10**step)
+        result = result_file(arguments, Job(method, rate, arguments.seeds[0]))
+        if result.exists():
+            found.append(f"{rate:g}: {load(result)['heldout_loss_after']:.3f}")
+    return found
 
 
 if __name__ == "__main__":
