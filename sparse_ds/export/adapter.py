@@ -8,8 +8,8 @@
                                     <tensor>          fp32       the head of a classification: `score.weight`
 
 `<module>` is the module's name in the transformers model, e.g. `model.layers.0.self_attn.q_proj`, and the deltas are
-those of its weight; a name that ends in `.bias` is that bias itself. A vector of D is a matrix [D, 1]. The file needs no
-part of this project to be read. A loaded `Adapter` reads one module at a time, so its size does not count in memory.
+those of its weight; a name that ends in `.bias` is that bias itself. A vector of D is a matrix [D, 1]. The file needs
+no part of this project to be read. A loaded `Adapter` reads one module at a time, so its size does not count in memory.
 """
 
 from __future__ import annotations
