@@ -19,7 +19,7 @@ from sparse_ds.distributed.zero3_partitions import (
     local_partition,
     owned_range,
 )
-from sparse_ds.sparse.sparse_linear import SparseLinear
+from sparse_ds.sparse.sparse_linear import SparseLayer
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class StateItem:
 
 
 def state_items(
-    layers: Mapping[str, SparseLinear],
+    layers: Mapping[str, SparseLayer],
     dense: Mapping[str, Parameter],
     master: MasterWeights,
     weight_states: Mapping[str, Sequence[Tensor]],

@@ -31,6 +31,8 @@ METHOD_KEYS = (
     "gradient_accumulator_limit_gib",
     "random_growth_fraction",
     "sampling",
+    "train_biases",
+    "train_norms",
 )
 
 
@@ -58,6 +60,7 @@ def find_conflicts(sections: Mapping[str, Any]) -> list[str]:
         found += _method_conflicts(method, sections)
     if model is not None:
         found += _model_conflicts(model, method, train)
+        found += _task_conflicts(model, data)
     if train is not None:
         found += _train_conflicts(train, checkpoint)
     found += _path_conflicts(model, data, train, checkpoint)
@@ -119,6 +122,39 @@ def _model_conflicts(model: ModelConfig, method: MethodConfig | None, train: Tra
         yield (
             "model.attention: got flash_attention_2, which needs a GPU, with train.device cpu. Set model.attention to "
             "sdpa."
+        )
+
+
+def find_idle_task_keys(model: ModelConfig) -> dict[str, tuple[str, ...]]:
+    """Section -> keys that only another task, or another initialization of its head, uses."""
+    if model.task == "causal_lm":
+        return {"model": ("head_initialization", "label_words"), "data": ("labels",)}
+    return {} if model.head_initialization == "label_words" else {"model": ("label_words",)}
+
+
+def _task_conflicts(model: ModelConfig, data: DataConfig | None) -> Iterator[str]:
+    sections = {"model": model, "data": data}
+    for section, keys in find_idle_task_keys(model).items():
+        for key in keys:
+            given = sections[section]
+            if given is None or key not in given.model_fields_set or getattr(given, key) is None:
+                continue
+            wanted = "task sequence_classification" if model.task == "causal_lm" else "head_initialization label_words"
+            yield f"{section}.{key}: given, but only model.{wanted} uses it. Remove it, or set model.{wanted}."
+    is_classification = model.task == "sequence_classification"
+    if data is not None and data.format != "auto" and is_classification != (data.format == "classification"):
+        expected = "auto or classification" if is_classification else "another one"
+        yield f"data.format: got {data.format}, expected {expected} with model.task {model.task}."
+    if model.head_initialization == "label_words" and is_classification and model.label_words is None:
+        yield "model.label_words: missing, and model.head_initialization label_words needs a word per label. Give them."
+    labels = None if data is None else data.labels
+    if labels is not None and len(set(labels)) < len(labels):
+        repeated = next(label for label in labels if labels.count(label) > 1)
+        yield f"data.labels: holds {repeated!r} more than once. Name every label once."
+    if labels is not None and model.label_words is not None and len(model.label_words) != len(labels):
+        yield (
+            f"model.label_words: got {len(model.label_words)} words for the {len(labels)} labels of data.labels. Give "
+            "one word per label, in the same order."
         )
 
 

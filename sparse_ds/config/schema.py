@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from sparse_ds.config.conflicts import find_conflicts, find_warnings, idle_keys
+from sparse_ds.config.conflicts import find_conflicts, find_idle_task_keys, find_warnings, idle_keys
 from sparse_ds.config.errors import UserError
 from sparse_ds.config.methods import all_methods
 
@@ -70,6 +70,14 @@ class ModelConfig(_Section):
     """The dtype in which the model computes and in which everything that is not quantized is kept."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """The attention implementation of transformers; `flash_attention_2` needs the flash-attn package and a GPU."""
+    task: Literal["causal_lm", "sequence_classification"] = "causal_lm"
+    """`causal_lm`: the next token; `sequence_classification`: one label per text, by a linear head on the last token,
+    which takes the place of the vocabulary and trains as a whole."""
+    head_initialization: Literal["normal", "label_words"] = "normal"
+    """The head before training: `normal` with mean 0 and standard deviation 0.06 / sqrt(hidden size), or `label_words`:
+    row i is the vocabulary's row of the first token of word i; `sequence_classification` only."""
+    label_words: Annotated[list[Text], Field(min_length=2)] | None = None
+    """One word per label, in the order of the labels, for `model.head_initialization` label_words; else null."""
 
 
 class DataConfig(_Section):
@@ -80,8 +88,10 @@ class DataConfig(_Section):
     relative path is relative to the working directory."""
     eval: Text | None = "embedded:eval"
     """The held-out data, named like `data.train`; null: no evaluation."""
-    format: Literal["auto", "alpaca", "prompt_completion", "messages", "text"] = "auto"
+    format: Literal["auto", "alpaca", "prompt_completion", "messages", "text", "classification"] = "auto"
     """How one record is laid out; `auto` tells it by the names of its fields."""
+    labels: Annotated[list[Text], Field(min_length=2)] | None = None
+    """The labels of a classification in the order of the head's rows; null: those of the training data, sorted."""
     sequence_length: Annotated[int, Field(ge=2)] = 2048
     """The longest sample, in tokens; what is longer is cut."""
     num_eval_samples: PositiveInt | None = None
@@ -129,6 +139,10 @@ class MethodConfig(_Section):
     sampling: Literal["exact", "bernoulli"] = "exact"
     """How the random weights of `sparta` are drawn: exactly floor(density * N) of them, or each with probability
     `density`."""
+    train_biases: bool = False
+    """Train entries of the biases of the target linears too: the same share, at least one of each; `sparta` only."""
+    train_norms: bool = False
+    """Train entries of the weights of all norms too: the same share, at least one of each; `sparta` only."""
 
     @field_validator("name")
     @classmethod
@@ -312,7 +326,7 @@ class RunConfig(_Section):
 
 def _find_idle_keys(config: RunConfig) -> dict[str, tuple[str, ...]]:
     """Section -> keys that this run does not use because another key chose their alternative."""
-    idle = dict(idle_keys(config.method.name))
+    idle = {**idle_keys(config.method.name), **find_idle_task_keys(config.model)}
     if config.train.max_steps is not None:
         idle["train"] = ("num_epochs",)
     return idle

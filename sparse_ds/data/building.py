@@ -10,7 +10,7 @@ work on the same files and gets the same bytes; nothing is cached on disk. A mis
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -20,7 +20,8 @@ from datasets import Dataset, Features, List, Value, concatenate_datasets
 from datasets.utils import tqdm
 
 from sparse_ds.config.errors import UserError
-from sparse_ds.data.collation import CausalCollator
+from sparse_ds.data.classification import tokenize_labeled
+from sparse_ds.data.collation import CausalCollator, ClassificationCollator
 from sparse_ds.data.formats import Format, Sample, choose_format
 from sparse_ds.data.sample_prompts import SamplePrompt, prompt_of_sample, prompt_of_text
 from sparse_ds.data.sources import RowSource, TextSource, open_source
@@ -49,6 +50,8 @@ class DataSettings(Protocol):
     def sequence_length(self) -> int: ...
     @property
     def num_eval_samples(self) -> int | None: ...
+    @property
+    def labels(self) -> list[str] | None: ...
 
 
 @dataclass(frozen=True)
@@ -56,15 +59,17 @@ class TokenizedData:
     """One source, tokenized.
 
     Attributes:
-        dataset: columns `input_ids` and `labels` (lists of int32 of the same length), in the order of the source.
+        dataset: columns `input_ids` and `labels` (lists of int32 of the same length), or `input_ids` and `label` (int)
+            for a classification, in the order of the source.
         source: what was read, as messages show it.
-        format_name: `alpaca`, `prompt_completion`, `messages` or `text`.
+        format_name: `alpaca`, `prompt_completion`, `messages`, `text` or `classification`.
         is_detected: the format was detected, not asked for.
         num_tokens: all tokens.
-        num_trained_tokens: tokens that the loss counts.
+        num_trained_tokens: tokens that the loss counts; for a classification: samples.
         num_truncated: samples kept that lost their end to `sequence_length`.
         num_dropped: samples left out because nothing to learn was left of them.
-        sample_prompts: the prompts of the first samples.
+        sample_prompts: the prompts of the first samples; none for a classification.
+        labels: of a classification, in the order of their numbers; else None.
     """
 
     dataset: Dataset
@@ -76,10 +81,16 @@ class TokenizedData:
     num_truncated: int
     num_dropped: int
     sample_prompts: list[SamplePrompt]
+    labels: tuple[str, ...] | None = None
 
     def describe(self) -> str:
         """One line for the start of a run."""
         how = "detected" if self.is_detected else "as configured"
+        if self.labels is not None:
+            return (
+                f"{self.source}: {len(self.dataset):,} samples of {len(self.labels)} labels, format {self.format_name} "
+                f"({how}), {self.num_tokens:,} tokens"
+            )
         share = self.num_trained_tokens / self.num_tokens
         return (
             f"{self.source}: {len(self.dataset):,} samples, format {self.format_name} ({how}), "
@@ -92,7 +103,7 @@ class DataBundle:
     """All that the trainer needs of the data.
 
     Attributes:
-        train: columns `input_ids`, `labels`.
+        train: columns `input_ids`, `labels` (for a classification `label`).
         eval: the same, or None without held-out data.
         collator: makes micro batches of both.
         format_name: the format of the training data.
@@ -103,7 +114,7 @@ class DataBundle:
 
     train: Dataset
     eval: Dataset | None
-    collator: CausalCollator
+    collator: CausalCollator | ClassificationCollator
     format_name: str
     num_trained_tokens: int
     sample_prompts: list[SamplePrompt]
@@ -115,6 +126,7 @@ def build_datasets(
     data_config: DataSettings,
     tokenizer: PreTrainedTokenizerBase,
     *,
+    task: str = "causal_lm",
     num_sample_prompts: int = 1,
     show_progress: bool = False,
 ) -> DataBundle:
@@ -123,6 +135,7 @@ def build_datasets(
     Args:
         data_config: the config's `data` section.
         tokenizer: the model's. Its EOS token pads where it has no pad token.
+        task: `causal_lm` or `sequence_classification`.
         num_sample_prompts: how many prompts to keep for showing answers.
         show_progress: true on the one rank that shows a progress bar and logs what was read.
 
@@ -132,6 +145,9 @@ def build_datasets(
     encoder = SampleEncoder(tokenizer, data_config.sequence_length)
     train_source = open_source(data_config.train, field="data.train", split="train")
     eval_source = open_source(data_config.eval, field="data.eval", split="validation") if data_config.eval else None
+    pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    if task == "sequence_classification":
+        return _build_labeled(data_config, encoder, train_source, eval_source, pad_token_id, show_progress)
     train_data = _tokenize_source(
         train_source,
         tokenizer,
@@ -154,7 +170,6 @@ def build_datasets(
             field="data.eval",
             show_progress=show_progress,
         )
-    pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     return DataBundle(
         train=train_data.dataset,
         eval=eval_data.dataset if eval_data else None,
@@ -162,6 +177,58 @@ def build_datasets(
         format_name=train_data.format_name,
         num_trained_tokens=train_data.num_trained_tokens,
         sample_prompts=(eval_data or train_data).sample_prompts,
+        train_data=train_data,
+        eval_data=eval_data,
+    )
+
+
+def _build_labeled(
+    data_config: DataSettings,
+    encoder: SampleEncoder,
+    train_source: RowSource | TextSource,
+    eval_source: RowSource | TextSource | None,
+    pad_token_id: int,
+    show_progress: bool,
+) -> DataBundle:
+    def tokenize(
+        source: RowSource | TextSource, labels: Sequence[str] | None, max_samples: int | None, field: str
+    ) -> TokenizedData:
+        read = tokenize_labeled(
+            source,
+            encoder,
+            labels=labels,
+            pad_token_id=pad_token_id,
+            max_samples=max_samples,
+            field=field,
+            show_progress=show_progress,
+        )
+        data = TokenizedData(
+            dataset=read.dataset,
+            source=source.name,
+            format_name="classification",
+            is_detected=data_config.format == "auto",
+            num_tokens=read.num_tokens,
+            num_trained_tokens=len(read.dataset),
+            num_truncated=read.num_truncated,
+            num_dropped=0,
+            sample_prompts=[],
+            labels=read.labels,
+        )
+        if show_progress:
+            _log(data, field, encoder.sequence_length)
+        return data
+
+    train_data = tokenize(train_source, data_config.labels, None, "data.train")
+    eval_data = None
+    if eval_source is not None:
+        eval_data = tokenize(eval_source, train_data.labels, data_config.num_eval_samples, "data.eval")
+    return DataBundle(
+        train=train_data.dataset,
+        eval=eval_data.dataset if eval_data else None,
+        collator=ClassificationCollator(pad_token_id),
+        format_name=train_data.format_name,
+        num_trained_tokens=train_data.num_trained_tokens,
+        sample_prompts=[],
         train_data=train_data,
         eval_data=eval_data,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -36,15 +37,45 @@ class CausalCollator:
             `input_ids`, `attention_mask` (1 on the sample, 0 on padding) and `labels` (-100 on padding), each int64
             [B, T] on the CPU.
         """
-        longest = max(len(sample["input_ids"]) for sample in samples)
-        num_tokens = -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
-        shape = (len(samples), num_tokens)
-        input_ids_BT = torch.full(shape, self.pad_token_id, dtype=torch.int64)
-        attention_mask_BT = torch.zeros(shape, dtype=torch.int64)
-        labels_BT = torch.full(shape, IGNORED_LABEL, dtype=torch.int64)
+        input_ids_BT, attention_mask_BT = _pad(samples, self.pad_token_id, self.pad_to_multiple_of)
+        labels_BT = torch.full(input_ids_BT.shape, IGNORED_LABEL, dtype=torch.int64)
         for position, sample in enumerate(samples):
             length = len(sample["input_ids"])
-            input_ids_BT[position, :length] = torch.as_tensor(sample["input_ids"], dtype=torch.int64)
             labels_BT[position, :length] = torch.as_tensor(sample["labels"], dtype=torch.int64)
-            attention_mask_BT[position, :length] = 1
         return {"input_ids": input_ids_BT, "attention_mask": attention_mask_BT, "labels": labels_BT}
+
+
+@dataclass(frozen=True, slots=True)
+class ClassificationCollator:
+    """Pads on the right; one label per sample.
+
+    Args:
+        pad_token_id: the `pad_token_id` of the model: transformers' classifiers read the last token that is not it.
+        pad_to_multiple_of: as for `CausalCollator`.
+    """
+
+    pad_token_id: int
+    pad_to_multiple_of: int = 8
+
+    def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        """Collate B samples with `input_ids` and `label`.
+
+        Returns:
+            `input_ids` and `attention_mask` (1 on the sample, 0 on padding), int64 [B, T]; `labels`, int64 [B].
+        """
+        input_ids_BT, attention_mask_BT = _pad(samples, self.pad_token_id, self.pad_to_multiple_of)
+        labels_B = torch.tensor([sample["label"] for sample in samples], dtype=torch.int64)
+        return {"input_ids": input_ids_BT, "attention_mask": attention_mask_BT, "labels": labels_B}
+
+
+def _pad(samples: Sequence[Mapping[str, Any]], pad_token_id: int, multiple: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(input ids, attention mask), int64 [B, T]."""
+    longest = max(len(sample["input_ids"]) for sample in samples)
+    shape = (len(samples), -(-longest // multiple) * multiple)
+    input_ids_BT = torch.full(shape, pad_token_id, dtype=torch.int64)
+    attention_mask_BT = torch.zeros(shape, dtype=torch.int64)
+    for position, sample in enumerate(samples):
+        length = len(sample["input_ids"])
+        input_ids_BT[position, :length] = torch.as_tensor(sample["input_ids"], dtype=torch.int64)
+        attention_mask_BT[position, :length] = 1
+    return input_ids_BT, attention_mask_BT

@@ -6,8 +6,10 @@
 | `prompt_completion` | `prompt`, `completion` | PromptCompletion, joined as they are |
 | `messages` | `messages`: a list of `{"role", "content"}` | Conversation |
 | `text` | `text`, or a `.txt` file | Text, or a stream of blocks |
+| `classification` | `text`, `sentence`, `text` + `text_pair` or `sentence1` + `sentence2`; `label` | LabeledText |
 
-A further format is one function from a row to one of the three samples and one entry in `FORMATS`.
+A further format is one function from a row to one of the first three samples and one entry in `FORMATS`. The task
+decides whether `classification` is meant, because its rows fit `text` as well.
 """
 
 from __future__ import annotations
@@ -45,6 +47,15 @@ class Text:
     """A document of which every token is learned."""
 
     text: str
+    location: str
+
+
+@dataclass(frozen=True, slots=True)
+class LabeledText:
+    """A text of which the label is learned."""
+
+    text: str
+    label: str
     location: str
 
 
@@ -103,6 +114,39 @@ def messages_sample(row: Row) -> Conversation:
     return Conversation(messages[: last + 1], row.location)
 
 
+def labeled_sample(row: Row) -> LabeledText:
+    """A text or a pair of texts, and its `label`: text, or an integer, which is taken as text.
+
+    A pair becomes one text of two lines: what a plain tokenizer is given later, whatever it makes of pairs.
+    """
+    names = row.fields
+    if "sentence1" in names:
+        text = f"{_learned_text(row, 'sentence1')}\n{_text(row, 'sentence2')}"
+    elif "text" in names or "sentence" in names:
+        text = _learned_text(row, "text" if "text" in names else "sentence")
+        if "text" in names and names.get("text_pair") is not None:
+            text = f"{text}\n{_text(row, 'text_pair')}"
+    else:
+        raise UserError(
+            f"{row.location}: no text to classify; the fields there are {', '.join(map(str, names)) or 'none'}. "
+            "Expected `text` (with or without `text_pair`), `sentence`, or `sentence1` and `sentence2`."
+        )
+    return LabeledText(text, _label(row), row.location)
+
+
+def _label(row: Row) -> str:
+    if "label" not in row.fields:
+        raise UserError(
+            f'{row.location}: field "label" is missing; the fields there are {", ".join(map(str, row.fields))}. Add '
+            "it, or set model.task to causal_lm."
+        )
+    value = row.fields["label"]
+    is_integer = isinstance(value, int) and not isinstance(value, bool)
+    if not is_integer and not (isinstance(value, str) and value):
+        raise _wrong_type(row, "label", value, "an integer or text that is not empty")
+    return str(value)
+
+
 FORMATS: dict[str, Format] = {
     entry.name: entry
     for entry in (
@@ -140,6 +184,7 @@ def choose_format(source: RowSource | TextSource, data_format: str, field: str) 
         fitting = [entry for entry in fitting if entry.name != "text"]
     if len(fitting) == 1:
         return fitting[0]
+    is_labeled = "label" in seen and bool({"text", "sentence", "sentence1"} & set(seen))
     known = "; ".join(f"{entry.name} ({', '.join(entry.fields)})" for entry in FORMATS.values())
     columns = ", ".join(map(str, seen)) or "none"
     if fitting:
@@ -150,7 +195,9 @@ def choose_format(source: RowSource | TextSource, data_format: str, field: str) 
         )
     raise UserError(
         f"{field}: no known format fits {source.first.location}; its fields are {columns}. Known formats and their "
-        f"fields: {known}. Rename the fields to those of one format."
+        f"fields: {known}. "
+        + ("To learn its labels, set model.task to sequence_classification." if is_labeled else "")
+        + ("" if is_labeled else "Rename the fields to those of one format.")
     )
 
 

@@ -115,6 +115,10 @@ class SampleEncoder:
         """The ids of a prompt as `encode` puts them in front of its completion."""
         return self._with_leading(self._tokenize([prompt])[0])
 
+    def plain_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of whole texts, each as `prompt_ids` gives them, not cut."""
+        return [self._with_leading(ids) for ids in self._tokenize(list(texts))]
+
     def rendered_ids(self, text: str) -> list[int]:
         """The ids of a text that a chat template has rendered with all its special tokens."""
         return self._tokenize([text])[0]

@@ -5,15 +5,17 @@
       adapter_model.safetensors     <module>.indices  int32 [K]  flat row-major positions, unique and ascending
                                                       (int64 where the matrix has 2^31 weights or more)
                                     <module>.values   fp32 [K]   merged weight = round(fp32 w + fp32 value)
+                                    <tensor>          fp32       the head of a classification: `score.weight`
 
-`<module>` is the module's name in the transformers model, e.g. `model.layers.0.self_attn.q_proj`. The file needs no
-part of this project to be read. A loaded `Adapter` reads one module at a time, so its size does not count in memory.
+`<module>` is the module's name in the transformers model, e.g. `model.layers.0.self_attn.q_proj`, and the deltas are
+those of its weight; a name that ends in `.bias` is that bias itself. A vector of D is a matrix [D, 1]. The file needs
+no part of this project to be read. A loaded `Adapter` reads one module at a time, so its size does not count in memory.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -60,7 +62,14 @@ class AdapterConfig(BaseModel):
     """Active / total weights of each target matrix, as configured."""
     base: AdapterBase
     shapes: dict[str, tuple[PositiveInt, PositiveInt]]
-    """Module name -> shape of its weight, [out, in]."""
+    """Module name -> shape of its weight, [out, in]; [D, 1] for the weight of a norm and for `<module>.bias`."""
+    dense_shapes: dict[str, tuple[PositiveInt, ...]] = {}
+    """Name -> shape of tensors that trained as a whole: stored themselves, not as deltas."""
+    task: Literal["causal_lm", "sequence_classification"] = "causal_lm"
+    labels: tuple[str, ...] | None = None
+    """Of a classification, in the order of the head's rows."""
+    pad_token_id: int | None = None
+    """Of a classification: transformers reads the last token that is another one."""
 
 
 class StoredAdapterConfig(AdapterConfig):
@@ -71,6 +80,11 @@ class StoredAdapterConfig(AdapterConfig):
     sparse_ds_version: str
     index_hash: str
     """`hash_indices` of all modules: equal to that of the run's last event."""
+
+
+def tensor_name(module_name: str) -> str:
+    """The tensor of the base that the deltas of a name of `shapes` belong to."""
+    return module_name if module_name.endswith(".bias") else f"{module_name}.weight"
 
 
 class Deltas(NamedTuple):
@@ -94,6 +108,12 @@ class Adapter:
         with safe_open(self.folder / WEIGHTS_FILE, framework="pt") as file:
             return Deltas(file.get_tensor(f"{module_name}.indices"), file.get_tensor(f"{module_name}.values"))
 
+    def read_dense(self, name: str) -> Tensor:
+        """A tensor of `dense_shapes`, read from the file now."""
+        with safe_open(self.folder / WEIGHTS_FILE, framework="pt") as file:
+            tensor: Tensor = file.get_tensor(name)
+            return tensor
+
     def items(self) -> Iterator[tuple[str, Deltas]]:
         """(module name, deltas) in the order of the sorted names, one module in memory at a time."""
         for module_name in sorted(self.config.shapes):
@@ -105,6 +125,7 @@ def save_adapter(
     deltas: Iterable[tuple[str, Tensor, Tensor]],
     *,
     config: AdapterConfig,
+    dense: Mapping[str, Tensor] | None = None,
     overwrite: bool = False,
 ) -> StoredAdapterConfig:
     """Write `adapter_config.json` and `adapter_model.safetensors`, both or neither.
@@ -117,6 +138,7 @@ def save_adapter(
         deltas: (module name, indices [K] of any integer dtype, values [K]) for each module of `config.shapes`, in any
             order, on any device.
         config: method, density, base and shapes.
+        dense: tensor of each name in `config.dense_shapes`.
         overwrite: replace an adapter that is already in `folder`.
 
     Returns:
@@ -133,7 +155,12 @@ def save_adapter(
         shape = config.shapes.get(module_name, (1, 1))
         tensors[f"{module_name}.indices"] = indices_K.detach().to("cpu", _index_dtype(shape)).contiguous()
         tensors[f"{module_name}.values"] = values_K.detach().to("cpu", torch.float32).contiguous()
+    for name, tensor in (dense or {}).items():
+        assert name not in tensors, f"{name} came twice"
+        tensors[name] = tensor.detach().to("cpu", torch.float32).contiguous()
     problem = _names_problem(set(tensors), config)
+    for name, expected in config.dense_shapes.items():
+        problem = problem or _dense_problem(name, expected, tensors[name])
     for module_name, shape in config.shapes.items():
         problem = problem or _deltas_problem(
             module_name, shape, Deltas(tensors[f"{module_name}.indices"], tensors[f"{module_name}.values"])
@@ -181,6 +208,8 @@ def load_adapter(folder: Path | str) -> Adapter:
         if problem is None:
             for module_name, deltas in adapter.items():
                 problem = problem or _deltas_problem(module_name, config.shapes[module_name], deltas)
+            for name, shape in config.dense_shapes.items():
+                problem = problem or _dense_problem(name, shape, adapter.read_dense(name))
     except SafetensorError as error:
         raise UserError(f"Adapter file '{path}' is damaged: {error}. Copy or export it again.") from error
     if problem:
@@ -216,6 +245,7 @@ def _load_config(path: Path) -> StoredAdapterConfig:
 
 def _names_problem(tensor_names: set[str], config: AdapterConfig) -> str | None:
     expected = {f"{module_name}.{part}" for module_name in config.shapes for part in Deltas._fields}
+    expected |= set(config.dense_shapes)
     if missing := sorted(expected - tensor_names):
         return f"tensor '{missing[0]}' is missing ({len(missing)} of {len(expected)} are)"
     if unexpected := sorted(tensor_names - expected):
@@ -225,6 +255,18 @@ def _names_problem(tensor_names: set[str], config: AdapterConfig) -> str | None:
 
 def _index_dtype(shape: tuple[int, int]) -> torch.dtype:
     return SparseLayout(num_rows=shape[0], num_cols=shape[1], num_active=0).index_dtype
+
+
+def _dense_problem(name: str, shape: tuple[int, ...], tensor: Tensor) -> str | None:
+    """What is wrong with a tensor that trained as a whole, or None."""
+    if tensor.dtype != torch.float32 or tuple(tensor.shape) != shape:
+        return (
+            f"tensor '{name}' has dtype {tensor.dtype} and shape {list(tensor.shape)}, expected torch.float32 and "
+            f"{list(shape)}"
+        )
+    if not bool(tensor.isfinite().all()):
+        return f"tensor '{name}' holds numbers that are NaN or infinite"
+    return None
 
 
 def _deltas_problem(module_name: str, shape: tuple[int, int], deltas: Deltas) -> str | None:

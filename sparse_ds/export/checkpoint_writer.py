@@ -70,6 +70,7 @@ def write_checkpoint(
     base_folder: Path,
     tokenizer_folder: Path,
     model_card: str | Callable[[], str],
+    config_changes: Mapping[str, Any] | None = None,
     dtype: str = "bfloat16",
     max_shard_size: str | int = "5GB",
     overwrite: bool = False,
@@ -86,6 +87,7 @@ def write_checkpoint(
         base_folder: its config.json (with the dtype changed) and generation_config.json are taken over.
         tokenizer_folder: its tokenizer and chat template are taken over.
         model_card: text of README.md; a function is called after the last tensor.
+        config_changes: entries of config.json that differ from the base's.
         dtype: "bfloat16", "float16" or "float32".
         max_shard_size: as in `plan_shards`.
         overwrite: replace a checkpoint that is already in `output`.
@@ -123,7 +125,8 @@ def write_checkpoint(
                 _write_json(partial / WEIGHTS_INDEX_FILE, index)
             config = json.loads((base_folder / "config.json").read_text(encoding="utf-8"))
             # `dtype` is the name since transformers 4.56; older versions and other engines read `torch_dtype`.
-            _write_json(partial / "config.json", {**config, "dtype": dtype, "torch_dtype": dtype})
+            changes = {**(config_changes or {}), "dtype": dtype, "torch_dtype": dtype}
+            _write_json(partial / "config.json", {**config, **changes})
             generation_config = base_folder / "generation_config.json"
             for path in [*tokenizer_files, *([generation_config] if generation_config.is_file() else [])]:
                 shutil.copyfile(path, partial / path.name)

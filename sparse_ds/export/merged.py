@@ -8,8 +8,9 @@ training (`bfloat16` or `float32`):
                                                  original ones; same code as in training
     merged[indices] = M( fp32(base[indices]) + fp32(values) )
 
-and every other tensor is M(w). At last all are cast to the dtype of the output, which is exact for
-output = M and for bfloat16 -> float32.
+and every other tensor is M(w); what trained as a whole (the head of a classification) is as it was trained. At last all
+are cast to the dtype of the output, which is exact for output = M and for bfloat16 -> float32
+(not for the head, which is fp32: it is exact in float32 only).
 
 The base is streamed: memory is one output shard and a few copies of one matrix. No process group is needed.
 """
@@ -18,14 +19,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+)
 
 from sparse_ds.config.errors import UserError
-from sparse_ds.export.adapter import Adapter, Deltas, load_adapter
+from sparse_ds.export.adapter import Adapter, Deltas, load_adapter, tensor_name
 from sparse_ds.export.checkpoint_writer import DTYPES, WrittenCheckpoint, write_checkpoint
+from sparse_ds.export.classifier import classifier_config
 from sparse_ds.export.model_card import merged_model_card
 from sparse_ds.kernels.apply_deltas import apply_deltas_, hidden_counts
 from sparse_ds.kernels.nf4 import dequantize_nf4, quantize_nf4
@@ -78,7 +86,7 @@ def merge_adapter(
     if revision is None and str(base) == trained.name:
         revision = trained.revision
     checkpoint = BaseCheckpoint(find_base_model(str(base), revision))
-    layout = _layout(checkpoint)
+    layout = _layout(checkpoint, adapter)
     _check_fits(adapter, checkpoint, layout)
     _check_output_apart(Path(output), checkpoint.folder, adapter.folder)
     merge = _Merge(checkpoint, layout, adapter, device)
@@ -91,6 +99,7 @@ def merge_adapter(
         model_card=lambda: merged_model_card(
             adapter.config, num_deltas=merge.num_deltas, num_hidden_deltas=merge.num_hidden_deltas, dtype=dtype
         ),
+        config_changes=_config_changes(checkpoint, adapter),
         dtype=dtype,
         max_shard_size=max_shard_size,
         overwrite=overwrite,
@@ -107,13 +116,15 @@ class _Merge:
         self._adapter = adapter
         self._device = device
         self._dtype = DTYPES[adapter.config.base.dtype]
-        self._module_by_tensor = {f"{name}.weight": name for name in adapter.config.shapes}
+        self._module_by_tensor = {tensor_name(name): name for name in adapter.config.shapes}
         self.num_deltas = 0
         self.num_nonzero_deltas = 0
         self.num_hidden_deltas = 0
 
     @torch.no_grad()
     def read(self, name: str) -> Tensor:
+        if name in self._adapter.config.dense_shapes:
+            return self._adapter.read_dense(name)
         stored = self._checkpoint.read(name)
         if tuple(stored.shape) != self._shapes[name] or not stored.is_floating_point():
             raise UserError(
@@ -131,7 +142,7 @@ class _Merge:
 
     def _training_weight(self, stored: Tensor) -> Tensor:
         """The frozen base weight as the training saw it: a new tensor on the device."""
-        if self._adapter.config.base.quantization == "none":
+        if self._adapter.config.base.quantization == "none" or stored.dim() == 1:
             return stored.to(self._device, self._dtype, copy=True).contiguous()
         quantized = quantize_nf4(
             stored.to(self._device, self._dtype), double_quantization=self._adapter.config.base.double_quantization
@@ -152,7 +163,14 @@ class _Merge:
         self.num_hidden_deltas += num_hidden
 
 
-def _layout(checkpoint: BaseCheckpoint) -> dict[str, Tensor]:
+def _config_changes(checkpoint: BaseCheckpoint, adapter: Adapter) -> dict[str, Any]:
+    labels, pad_token_id = adapter.config.labels, adapter.config.pad_token_id
+    if labels is None or pad_token_id is None:
+        return {}
+    return classifier_config(checkpoint.config["model_type"], labels, pad_token_id)
+
+
+def _layout(checkpoint: BaseCheckpoint, adapter: Adapter) -> dict[str, Tensor]:
     """Parameter name -> meta tensor, of the architecture in config.json; tied parameters once, stale buffers never."""
     if "quantization_config" in checkpoint.config:
         raise UserError(
@@ -160,22 +178,30 @@ def _layout(checkpoint: BaseCheckpoint) -> dict[str, Tensor]:
             "original 16-bit or 32-bit checkpoint; its quantization is repeated exactly as in training."
         )
     config = AutoConfig.from_pretrained(checkpoint.folder)
+    model_class = AutoModelForCausalLM
+    if adapter.config.labels is not None:
+        model_class = AutoModelForSequenceClassification
+        config.num_labels = len(adapter.config.labels)
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+        model: PreTrainedModel = model_class.from_config(config)
     return dict(model.named_parameters())
 
 
 def _check_fits(adapter: Adapter, checkpoint: BaseCheckpoint, layout: dict[str, Tensor]) -> None:
-    if missing := [name for name in layout if name not in checkpoint]:
+    dense = adapter.config.dense_shapes
+    if missing := [name for name in layout if name not in checkpoint and name not in dense]:
         raise UserError(
             f"Base '{checkpoint.folder}' has no tensor '{missing[0]}', which the architecture in its config.json needs "
             f"({len(missing)} are missing). Get the checkpoint again, complete."
         )
     trained_on = f"Adapter '{adapter.folder}' was trained on '{adapter.config.base.name}'"
-    for module_name, shape in sorted(adapter.config.shapes.items()):
-        name = f"{module_name}.weight"
-        found = f"shape {list(layout[name].shape)}" if name in layout else "no such parameter of its own"
-        if name not in layout or tuple(layout[name].shape) != shape:
+    trained_shapes = {tensor_name(name): shape for name, shape in adapter.config.shapes.items()}
+    for name, shape in sorted({**trained_shapes, **dense}.items()):
+        found_shape = tuple(layout[name].shape) if name in layout else ()
+        found = f"shape {list(found_shape)}" if name in layout else "no such parameter of its own"
+        if len(found_shape) == 1 and name in trained_shapes:
+            found_shape = (*found_shape, 1)
+        if found_shape != shape:
             raise UserError(
                 f"{trained_on}, where '{name}' has shape {list(shape)}; base '{checkpoint.folder}' has {found}. "
                 "Give the base that it was trained on."

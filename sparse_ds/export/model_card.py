@@ -43,13 +43,18 @@ def merged_model_card(config: StoredAdapterConfig, *, num_deltas: int, num_hidde
             f"- merged weight: round to {base.dtype} of (fp32 base weight + fp32 delta); "
             f"{num_hidden_deltas:,} deltas are smaller than that rounding and have no effect",
             f"- sha256 of the indices: `{config.index_hash}`",
+            *(
+                []
+                if config.labels is None
+                else [f"- labels: {', '.join(config.labels)}; their head trained as a whole"]
+            ),
             "",
             base_weights,
             "",
             "```python",
-            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            f"from transformers import {_model_class(config.task)}, AutoTokenizer",
             "",
-            'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")',
+            f'model = {_model_class(config.task)}.from_pretrained("path/to/this/folder")',
             'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")',
             "```",
             "",
@@ -59,7 +64,7 @@ def merged_model_card(config: StoredAdapterConfig, *, num_deltas: int, num_hidde
     )
 
 
-def dense_model_card(base_name: str) -> str:
+def dense_model_card(base_name: str, *, task: str = "causal_lm") -> str:
     """README.md of a model of which every weight was trained."""
     name, on_hub = _public_name(base_name)
     return "\n".join(
@@ -69,10 +74,14 @@ def dense_model_card(base_name: str) -> str:
             f"# {name}, fine-tuned",
             "",
             "Every weight was trained (method `full` of sparse_ds, the dense baseline).",
-            "Load it with `AutoModelForCausalLM.from_pretrained`. The license of the base model applies.",
+            f"Load it with `{_model_class(task)}.from_pretrained`. The license of the base model applies.",
             "",
         ]
     )
+
+
+def _model_class(task: str) -> str:
+    return "AutoModelForCausalLM" if task == "causal_lm" else "AutoModelForSequenceClassification"
 
 
 def _public_name(base_name: str) -> tuple[str, bool]:

@@ -6,8 +6,9 @@ checkpoint is read once, one at a time; a rank quantizes target weights, keeps i
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,17 +16,27 @@ import torch.nn.functional as F
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from torch.nn import Parameter
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from sparse_ds.config.errors import UserError
 from sparse_ds.distributed.born_partitioned import PartitionedParameters, slice_of
 from sparse_ds.kernels.nf4 import quantize_nf4
 from sparse_ds.model.base_checkpoint import BaseCheckpoint
-from sparse_ds.model.targets import find_targets
+from sparse_ds.model.classification_head import Classification
+from sparse_ds.model.targets import find_norms, find_targets
 from sparse_ds.selection.bernoulli_subset import bernoulli_subset
 from sparse_ds.selection.random_subset import random_subset
 from sparse_ds.sparse.layout import SparseLayout, num_active_weights
 from sparse_ds.sparse.sparse_linear import SparseLinear
+from sparse_ds.sparse.sparse_vector import SparseRMSNorm, SparseVector
+
+logger = logging.getLogger(__name__)
 
 SUPPORTED_MODEL_TYPES = ("llama", "mistral")
 
@@ -51,6 +62,10 @@ class SparseSettings:
     """Every weight is active with probability `density`, instead of exactly floor(density * N) of them."""
     slots_per_active: float = 1.0
     """Room in each matrix: this many times its active weights, at most all its weights."""
+    train_biases: bool = False
+    """Entries of the target layers' biases train too."""
+    train_norms: bool = False
+    """Entries of the weights of all norms train too."""
 
 
 def read_architecture(checkpoint: BaseCheckpoint) -> PretrainedConfig:
@@ -78,17 +93,28 @@ def read_architecture(checkpoint: BaseCheckpoint) -> PretrainedConfig:
     return config
 
 
-def empty_model(checkpoint: BaseCheckpoint, base: BaseSettings) -> PreTrainedModel:
+def empty_model(
+    checkpoint: BaseCheckpoint, base: BaseSettings, classification: Classification | None = None
+) -> PreTrainedModel:
     """The architecture with parameters on the meta device and real buffers.
+
+    Args:
+        checkpoint: the base model.
+        base: dtype and attention.
+        classification: makes a classifier of it, with a head that is to be installed; None: a causal language model.
 
     Raises:
         UserError: as `read_architecture`; an attention implementation that cannot be had here.
     """
     config = read_architecture(checkpoint)
     config.use_cache = False
+    model_class = AutoModelForCausalLM if classification is None else AutoModelForSequenceClassification
+    if classification is not None:
+        config.num_labels = len(classification.labels)
+        config.pad_token_id = classification.pad_token_id
     try:
         with init_empty_weights(include_buffers=False):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            model: PreTrainedModel = model_class.from_config(
                 config, dtype=base.dtype, attn_implementation=base.attention
             )
     except ImportError as error:
@@ -100,6 +126,9 @@ def empty_model(checkpoint: BaseCheckpoint, base: BaseSettings) -> PreTrainedMod
     except Exception as error:  # values that fit together in type only
         raise _refused_config(checkpoint, error) from error
     model.tie_weights()
+    if classification is not None:
+        # The loss is ours (`training.trainer`), and so is the number of samples that it is divided by.
+        model.accepts_loss_kwargs = False
     return model
 
 
@@ -135,10 +164,42 @@ def plan_layouts(model: nn.Module, sparse: SparseSettings) -> dict[str, SparseLa
     return layouts
 
 
+def plan_vector_layouts(
+    model: nn.Module, layouts: Mapping[str, SparseLayout], sparse: SparseSettings
+) -> dict[str, SparseLayout]:
+    """Layout of every vector that trains sparsely: floor(density * D) entries, at least one.
+
+    Args:
+        model: from `empty_model`.
+        layouts: of the target layers (`plan_layouts`).
+        sparse: which weights train.
+
+    Returns:
+        By name: `<module>.bias` for the bias of a target layer, the module's name for the weight of a norm.
+    """
+    sizes: dict[str, int] = {}
+    if sparse.train_biases:
+        biased = [name for name in layouts if model.get_submodule(name).bias is not None]
+        sizes |= {f"{name}.bias": layouts[name].num_rows for name in biased}
+        if not biased:
+            logger.warning("method.train_biases has no effect: no target layer of this model has a bias")
+    if sparse.train_norms:
+        sizes |= {name: model.get_parameter(f"{name}.weight").numel() for name in find_norms(model)}
+    found = {}
+    for name, size in sizes.items():
+        num_active = max(1, num_active_weights(sparse.density, size))
+        if sparse.bernoulli:
+            num_active = max(1, bernoulli_subset(size, sparse.density, seed=sparse.seed, name=name).numel())
+        found[name] = SparseLayout(size, 1, num_active)
+    return found
+
+
 def initial_indices(layout: SparseLayout, sparse: SparseSettings, name: str) -> Tensor:
     """[K] int64, the random weights that are active first: the same on every machine and world size."""
     if sparse.bernoulli:
-        return bernoulli_subset(layout.num_elements, sparse.density, seed=sparse.seed, name=name)
+        drawn = bernoulli_subset(layout.num_elements, sparse.density, seed=sparse.seed, name=name)
+        if drawn.numel() == layout.num_active:
+            return drawn
     return random_subset(layout.num_elements, layout.num_active, seed=sparse.seed, name=name)
 
 
@@ -150,21 +211,28 @@ def build_sparse_model(
     sparse: SparseSettings,
     partitioned: PartitionedParameters,
     device: torch.device,
+    vectors: Mapping[str, SparseLayout] | None = None,
 ) -> None:
     """Fill `model` (from `empty_model`) in place: target layers become `SparseLinear`, everything else is frozen.
 
     Args:
         sparse: which weights train.
         device: where tensors are quantized.
+        vectors: layouts of the biases and norms that train sparsely (`plan_vector_layouts`).
 
     Memory: the partitions, plus one full tensor at a time.
     Collectives: none; every rank must call it with the same arguments.
     """
+    vectors = vectors or {}
     for name, layout in layouts.items():
-        parent, _, child = name.rpartition(".")
         make = _SparseMaker(checkpoint, name, layout, base, sparse, partitioned, device)
         has_bias = model.get_submodule(name).bias is not None
-        setattr(model.get_submodule(parent), child, make.layer(has_bias=has_bias))
+        _replace(model, name, make.layer(has_bias=has_bias, bias_layout=vectors.get(f"{name}.bias")))
+    for name, layout in vectors.items():
+        if not name.endswith(".bias"):
+            make = _SparseMaker(checkpoint, name, layout, base, sparse, partitioned, device)
+            eps = model.get_submodule(name).variance_epsilon
+            _replace(model, name, SparseRMSNorm(layout, make.vector_tensors(name, f"{name}.weight", layout), eps))
     _fill_remaining(checkpoint, model, base.dtype, partitioned, trainable=False)
 
 
@@ -178,8 +246,13 @@ def build_dense_model(
     _fill_remaining(checkpoint, model, base.dtype, partitioned, trainable=True)
 
 
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
 class _SparseMaker:
-    """Makes one SparseLinear from the checkpoint's weight."""
+    """Makes one sparse module from the checkpoint's tensors."""
 
     def __init__(
         self,
@@ -194,7 +267,7 @@ class _SparseMaker:
         self.checkpoint, self.name, self.layout, self.base, self.sparse = checkpoint, name, layout, base, sparse
         self.partitioned, self.device = partitioned, device
 
-    def layer(self, *, has_bias: bool) -> SparseLinear:
+    def layer(self, *, has_bias: bool, bias_layout: SparseLayout | None) -> SparseLinear:
         layout = self.layout
         shape = (layout.num_rows, layout.num_cols)
         weight_OI = _read(self.checkpoint, f"{self.name}.weight", shape, self.base.dtype)
@@ -207,15 +280,30 @@ class _SparseMaker:
                 tensors["nested_statistics"] = self._frozen(quantized.nested_statistics)
         else:
             tensors["weight"] = self._frozen(weight_OI)
-        indices_K = initial_indices(layout, self.sparse, self.name)
-        tensors["indices"] = self._frozen(F.pad(indices_K, (0, layout.spare_slots)).to(layout.index_dtype))
-        tensors["values"] = self.partitioned.make(
-            (layout.num_slots,), torch.float32, lambda partition, start: None, requires_grad=True
-        )
-        if has_bias:
+        tensors |= self._deltas(self.name, layout)
+        sparse_bias = None
+        if bias_layout is not None:
+            bias_name = f"{self.name}.bias"
+            sparse_bias = SparseVector(bias_layout, self.vector_tensors(bias_name, bias_name, bias_layout))
+        elif has_bias:
             bias_O = _read(self.checkpoint, f"{self.name}.bias", (layout.num_rows,), self.base.dtype)
             tensors["bias"] = self._frozen(bias_O)
-        return SparseLinear(layout, self.base.dtype, tensors)
+        return SparseLinear(layout, self.base.dtype, tensors, sparse_bias)
+
+    def vector_tensors(self, name: str, tensor_name: str, layout: SparseLayout) -> dict[str, Parameter]:
+        """Of a `SparseVector`; its base is in the dtype of the model, also under a quantized one."""
+        weight_D = _read(self.checkpoint, tensor_name, (layout.num_rows,), self.base.dtype)
+        return {"weight": self._frozen(weight_D), **self._deltas(name, layout)}
+
+    def _deltas(self, name: str, layout: SparseLayout) -> dict[str, Parameter]:
+        indices_K = initial_indices(layout, self.sparse, name)
+        values = self.partitioned.make(
+            (layout.num_slots,), torch.float32, lambda partition, start: None, requires_grad=True
+        )
+        return {
+            "indices": self._frozen(F.pad(indices_K, (0, layout.spare_slots)).to(layout.index_dtype)),
+            "values": values,
+        }
 
     def _frozen(self, full: Tensor) -> Parameter:
         return self.partitioned.make(tuple(full.shape), full.dtype, slice_of(full), requires_grad=False)

@@ -48,6 +48,11 @@ def find_targets(model: nn.Module, target_modules: Sequence[str] | str) -> list[
     return [name for name in linears if name in chosen]
 
 
+def find_norms(model: nn.Module) -> list[str]:
+    """Names of the RMS norms inside the transformer blocks and of the one behind them, in the order of the model."""
+    return [name for name, module in model.named_modules() if type(module).__name__.endswith("RMSNorm")]
+
+
 def _matches_whole(pattern: str, name: str) -> bool:
     try:
         return re.fullmatch(pattern, name) is not None

@@ -25,6 +25,7 @@ def run_table(summary: RunSummary) -> str:
     peak = f"peak {summary.peak_memory_gib:.2f} GiB"
     rows: list[tuple[str, str | None]] = [
         ("held-out loss", _loss_change(summary)),
+        ("held-out accuracy", _accuracy_change(summary)),
         (
             "trained weights",
             f"{summary.num_trained_weights:,} of {summary.num_weights:,} ({_percent(summary.trained_fraction)})",
@@ -41,7 +42,7 @@ def run_table(summary: RunSummary) -> str:
         ("adapter", summary.adapter_dir),
         ("merged model", summary.merged_dir),
     ]
-    label_width = max(len(label) for label, _ in rows)
+    label_width = max(len(label) for label, text in rows if text is not None)
     rule = "-" * WIDTH
     lines = [rule]
     for label, text in rows:
@@ -74,6 +75,11 @@ def compare_runs(run_folders: Sequence[Path | str]) -> str:
     full_gain = max(full_gains, default=None)
     header = ["run", "method", "trained", "share", "before", "after", "of full", "tokens/s", "GiB"]
     rows = [_row(run, full_gain) for run in runs]
+    accuracies = [None if run.summary is None else run.summary.heldout_accuracy_after for run in runs]
+    if any(accuracy is not None for accuracy in accuracies):
+        header.insert(6, "right")
+        for row, accuracy in zip(rows, accuracies, strict=True):
+            row.insert(6, "-" if accuracy is None else f"{accuracy:.1%}")
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
 
     def line(cells: Sequence[str]) -> str:
@@ -83,6 +89,8 @@ def compare_runs(run_folders: Sequence[Path | str]) -> str:
         ).rstrip()
 
     legend = "share: of all weights; before, after: held-out loss; of full: of full fine-tuning's improvement"
+    if "right" in header:
+        legend = f"{legend};\nright: held-out accuracy after"
     return "\n".join([line(header), line(["-" * width for width in widths]), *(line(row) for row in rows), legend])
 
 
@@ -152,6 +160,14 @@ def _loss_change(summary: RunSummary) -> str | None:
     if summary.heldout_loss_before is None and summary.heldout_loss_after is None:
         return None
     return f"{_loss(summary.heldout_loss_before)} before, {_loss(summary.heldout_loss_after)} after"
+
+
+def _accuracy_change(summary: RunSummary) -> str | None:
+    before, after = summary.heldout_accuracy_before, summary.heldout_accuracy_after
+    if before is None and after is None:
+        return None
+    shown = ["-" if accuracy is None else f"{accuracy:.1%}" for accuracy in (before, after)]
+    return f"{shown[0]} before, {shown[1]} after"
 
 
 def _loss(loss: float | None) -> str:

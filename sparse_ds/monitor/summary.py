@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
 
@@ -11,7 +11,7 @@ class RunSummary:
     """What a finished run reports. A field is None where the run has nothing to say (no held-out data, no adapter)."""
 
     heldout_loss_before: float | None
-    """Mean loss per token on `data.eval` before the first step."""
+    """Mean loss per token (per sample of a classification) on `data.eval` before the first step."""
     heldout_loss_after: float | None
     num_trained_weights: int
     num_weights: int
@@ -30,6 +30,9 @@ class RunSummary:
     reference_answer: str | None
     adapter_dir: str | None
     merged_dir: str | None
+    heldout_accuracy_before: float | None = None
+    """Share of `data.eval` that a classification gets right before the first step."""
+    heldout_accuracy_after: float | None = None
 
     @property
     def trained_fraction(self) -> float:
@@ -47,7 +50,8 @@ class RunSummary:
         Raises:
             KeyError: a field is missing.
         """
-        values = {field.name: record[field.name] for field in fields(cls)}
+        given = [field.name for field in fields(cls) if field.name in record or field.default is MISSING]
+        values = {name: record[name] for name in given}
         for name in record.get("non_finite", {}):
             if name in values:
                 values[name] = float(record["non_finite"][name])

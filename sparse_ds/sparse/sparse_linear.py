@@ -7,7 +7,7 @@
     nested_statistics  [...] fp32, optional         no       partitioned  /
     indices     [S] int32 or int64, ascending       no       partitioned
     values      [S] fp32                            yes      partitioned
-    bias        [O], optional                       no       partitioned
+    bias        [O], optional                       no       partitioned   (or a `SparseVector` of its own)
 
     forward     Y = X W'^T            W' = round(fp32 W + fp32 values at indices)
     backward    dX = dY W'            W' rebuilt the same way from the gathered parameters
@@ -37,6 +37,7 @@ from sparse_ds.kernels.apply_deltas import apply_deltas_, deltas_applied, hidden
 from sparse_ds.kernels.nf4 import dequantize_nf4
 from sparse_ds.kernels.values_gradient import rows_per_block, values_gradient
 from sparse_ds.sparse.layout import SparseLayout
+from sparse_ds.sparse.sparse_vector import SparseVector
 
 ObserveGradient = Callable[[Tensor, Tensor], None]
 """`observe(grad_output_TO, input_TI)`: the dense weight gradient is grad_output_TO^T input_TI."""
@@ -49,6 +50,7 @@ class SparseLinear(nn.Module):
         layout: shape and number of active weights.
         compute_dtype: dtype of the dense base, of the input and of the output.
         tensors: the parameters by the names of the table above.
+        sparse_bias: the bias, where entries of it train; `tensors` then has none.
     """
 
     weight: Parameter | None
@@ -57,9 +59,15 @@ class SparseLinear(nn.Module):
     nested_statistics: Parameter | None
     indices: Parameter
     values: Parameter
-    bias: Parameter | None
+    bias: Parameter | SparseVector | None
 
-    def __init__(self, layout: SparseLayout, compute_dtype: torch.dtype, tensors: dict[str, Parameter]) -> None:
+    def __init__(
+        self,
+        layout: SparseLayout,
+        compute_dtype: torch.dtype,
+        tensors: dict[str, Parameter],
+        sparse_bias: SparseVector | None = None,
+    ) -> None:
         super().__init__()
         self.layout = layout
         self.in_features, self.out_features = layout.num_cols, layout.num_rows
@@ -72,13 +80,19 @@ class SparseLinear(nn.Module):
         """K now."""
         self.observe_gradient: ObserveGradient | None = None
         """Called in backward with what the dense weight gradient is made of; an estimation phase sets it."""
-        for name in ("weight", "packed", "absmax", "nested_statistics", "indices", "values", "bias"):
+        for name in ("weight", "packed", "absmax", "nested_statistics", "indices", "values"):
             self.register_parameter(name, tensors.get(name))
+        if sparse_bias is None:
+            self.register_parameter("bias", tensors.get("bias"))
+        else:
+            self.bias = sparse_bias
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., I] -> [..., O]."""
         output: Tensor = _SparseLinearFunction.apply(input, self.values, self)  # type: ignore[no-untyped-call]
-        return output if self.bias is None else output + self.bias
+        if self.bias is None:
+            return output
+        return output + (self.bias() if isinstance(self.bias, SparseVector) else self.bias)
 
     def extra_repr(self) -> str:
         base = "nf4" if self.packed is not None else str(self.compute_dtype).removeprefix("torch.")
@@ -144,3 +158,7 @@ class _SparseLinearFunction(torch.autograd.Function):
             if layout.spare_slots:
                 grad_values = F.pad(grad_values, (0, layout.num_slots - layer.num_active))
         return grad_input, grad_values, None
+
+
+SparseLayer = SparseLinear | SparseVector
+"""Everything that holds deltas: `layout`, `indices`, `values`, `num_active`."""

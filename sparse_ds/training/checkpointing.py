@@ -26,7 +26,7 @@ from sparse_ds.drop_grow.weight_states import WeightStates
 from sparse_ds.model.base_checkpoint import BaseCheckpoint
 from sparse_ds.optim.sm3 import SparseSM3
 from sparse_ds.optim.sparse_adamw import SparseAdamW
-from sparse_ds.sparse.sparse_linear import SparseLinear
+from sparse_ds.sparse.sparse_linear import SparseLayer
 from sparse_ds.training.setup import PreparedModel
 
 if TYPE_CHECKING:
@@ -49,6 +49,8 @@ def run_identity(config: RunConfig, base: BaseCheckpoint, prepared: PreparedMode
         "drop_criterion": config.method.drop_criterion,
         "redistribution_factor": config.method.redistribution_factor,
         "seed": config.train.seed,
+        "task": config.model.task,
+        "labels": None if prepared.classification is None else list(prepared.classification.labels),
         "active_weights": {name: layer.layout.num_active for name, layer in prepared.layers.items()},
     }
 
@@ -175,7 +177,7 @@ class RunCheckpoints:
                 group["lr"] = learning_rate
 
     @property
-    def _layers(self) -> dict[str, SparseLinear]:
+    def _layers(self) -> dict[str, SparseLayer]:
         return self._prepared.layers
 
     def _items(
@@ -188,13 +190,7 @@ class RunCheckpoints:
     ) -> list[StateItem]:
         if states is None:
             states = _states(weight_states, optimizer, master)
-        sparse = {id(layer.values) for layer in self._layers.values()}
-        dense = {
-            name: parameter
-            for name, parameter in self._prepared.model.named_parameters()
-            if parameter.requires_grad and id(parameter) not in sparse
-        }
-        items = state_items(self._layers, dense, master, states)
+        items = state_items(self._layers, self._prepared.dense_parameters, master, states)
         for name, sums in ({} if estimation is None else estimation.saved_slices()).items():
             values = self._layers[name].values
             items.append(StateItem(f"{name}.candidates", values, sums.indices))

@@ -12,17 +12,20 @@ from torch import Tensor
 
 from sparse_ds.distributed.process_group import rank, world_size
 from sparse_ds.distributed.zero3_partitions import all_reduce_sum
-from sparse_ds.sparse.sparse_linear import SparseLinear
+from sparse_ds.sparse.sparse_linear import SparseLayer
 
 
 @dataclass(frozen=True)
 class HeldoutResult:
-    """`loss` is the mean negative log-likelihood per trained token (nats) over all `num_tokens` of the data."""
+    """`loss` is the mean negative log-likelihood (nats) over the `num_counted` trained tokens of the data, or over its
+    samples for a classification."""
 
     loss: float
-    num_tokens: int
+    num_counted: int
     hidden_delta_fraction: float | None
     """Share of the non-zero deltas that the rounding of the merged weight hides; None without sparse layers."""
+    accuracy: float | None = None
+    """Share of the samples of a classification whose largest logit is that of their label; else None."""
 
 
 @torch.no_grad()
@@ -33,7 +36,8 @@ def heldout_loss(
     batch_size: int,
     device: torch.device,
 ) -> HeldoutResult:
-    """Mean loss per token over a dataset, independent of the number of ranks up to rounding.
+    """Mean loss over a dataset, per token (or per sample where `collate` gives one label per sample), independent of
+    the number of ranks up to rounding.
 
     Batch j is rows [j * B, (j + 1) * B) whatever the world size; rank r takes batches r, r + R, ... A rank with no
     batch left runs one that counts nothing, so every rank makes as many forward passes (each gathers parameters).
@@ -41,33 +45,38 @@ def heldout_loss(
     Collectives: those of ZeRO-3's forward, then one all-reduce; every rank must call it.
     """
     num_batches = -(-len(dataset) // batch_size)
-    layers = [module for module in model.modules() if isinstance(module, SparseLinear)]
+    layers = [module for module in model.modules() if isinstance(module, SparseLayer)]
     was_training = model.training
     model.eval()
-    total_nll, num_tokens = 0.0, 0
+    total_nll, num_counted, num_right = 0.0, 0, 0
+    is_classification = False
     for round_start in range(0, num_batches, world_size()):
         index = round_start + rank()
         counts = index < num_batches
         first = index * batch_size if counts else 0
         rows = [dataset[i] for i in range(first, min(first + batch_size, len(dataset)))]
         batch = {name: tensor.to(device) for name, tensor in collate(rows).items()}
-        labels_BT = batch.pop("labels")
+        labels = batch.pop("labels")
+        is_classification = labels.dim() == 1
         for layer in layers:
             layer.count_hidden = round_start == 0
-        logits_BTV = model(**batch, use_cache=False).logits
+        logits = model(**batch, use_cache=False).logits.float()
         if counts:
-            targets_BT = labels_BT[:, 1:]
-            nll = F.cross_entropy(logits_BTV[:, :-1].float().flatten(0, 1), targets_BT.flatten(), reduction="sum")
-            total_nll += float(nll)
-            num_tokens += int((targets_BT != -100).sum())
+            if is_classification:
+                num_right += int((logits.argmax(-1) == labels).sum())
+            else:
+                logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+            total_nll += float(F.cross_entropy(logits, labels, reduction="sum"))
+            num_counted += int((labels != -100).sum())
     for layer in layers:
         layer.count_hidden = False
     model.train(was_training)
-    total_nll, all_tokens = all_reduce_sum([total_nll, num_tokens], device)
-    return HeldoutResult(total_nll / all_tokens, int(all_tokens), _hidden_fraction(layers))
+    total_nll, all_counted, all_right = all_reduce_sum([total_nll, num_counted, num_right], device)
+    accuracy = all_right / all_counted if is_classification else None
+    return HeldoutResult(total_nll / all_counted, int(all_counted), _hidden_fraction(layers), accuracy)
 
 
-def _hidden_fraction(layers: list[SparseLinear]) -> float | None:
+def _hidden_fraction(layers: list[SparseLayer]) -> float | None:
     if not layers:
         return None
     hidden = sum(layer.hidden_deltas[0] for layer in layers)

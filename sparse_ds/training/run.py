@@ -35,6 +35,7 @@ from sparse_ds.drop_grow.weight_states import WeightStates
 from sparse_ds.export.merged import merge_adapter
 from sparse_ds.model.base_checkpoint import BaseCheckpoint, find_base_model
 from sparse_ds.model.build import read_architecture
+from sparse_ds.model.classification_head import Classification, find_label_word_ids
 from sparse_ds.model.tokenizer import load_tokenizer
 from sparse_ds.monitor.memory import memory_gib
 from sparse_ds.monitor.metrics_log import MetricsLog, drop_records_after
@@ -65,7 +66,7 @@ from sparse_ds.training.setup import (
     make_training_arguments,
     prepare_model,
 )
-from sparse_ds.training.trainer import SparseTrainer
+from sparse_ds.training.trainer import SparseTrainer, classification_loss
 
 logger = logging.getLogger("sparse_ds")
 
@@ -130,6 +131,7 @@ class _Training:
         self.index_hash: str | None = None
         self.answers = _Answers()
         self.heldout_before: float | None = None
+        self.accuracy_before: float | None = None
         self.resumed: Checkpoint | None = None
         self.weight_states: WeightStates | None = None
         self.estimation: EstimationPhase | None = None
@@ -144,11 +146,13 @@ class _Training:
             self.data: DataBundle = build_datasets(
                 config.data,
                 self.tokenizer,
+                task=config.model.task,
                 num_sample_prompts=config.monitor.num_sample_prompts,
                 show_progress=self.is_main,
             )
             sampler = GlobalOrderSampler(len(self.data.train), plan.global_batch_size, config.train.seed)
-        self.prepared: PreparedModel = prepare_model(config, checkpoint, self.device)
+            classification = self._plan_classification()
+        self.prepared: PreparedModel = prepare_model(config, checkpoint, self.device, classification)
         identity = run_identity(config, checkpoint, self.prepared)
         self.resumed = self._find_resumed(identity, len(sampler) // plan.global_batch_size)
         with process_group.agreement("making the output folder"):
@@ -168,6 +172,14 @@ class _Training:
         self.log.close()
         return summary
 
+    def _plan_classification(self) -> Classification | None:
+        """What the model has to know of the labels; None for a language model."""
+        labels, words = self.data.train_data.labels, self.config.model.label_words
+        if labels is None:
+            return None
+        word_ids = None if words is None else find_label_word_ids(self.tokenizer, words, labels)
+        return Classification(labels, self.data.collator.pad_token_id, word_ids)
+
     def _make_trainer(self, sampler: GlobalOrderSampler) -> SparseTrainer:
         config = self.config
         trained = [p for p in self.prepared.model.parameters() if p.requires_grad]
@@ -185,6 +197,7 @@ class _Training:
             train_dataset=self.data.train,
             eval_dataset=self.data.eval,
             callbacks=[EpochOrder(sampler), OnTrainBegin(self._bind)],
+            compute_loss_func=None if self.prepared.classification is None else classification_loss,
         )
         trainer.remove_callback(PrinterCallback)
         self.metrics = WriteMetrics(trainer, self.log)
@@ -206,13 +219,14 @@ class _Training:
             self._go_on(self.resumed, prompt)
             return
         if self.data.eval is not None:
-            self.heldout_before = self.trainer.evaluate()["eval_loss"]
+            before = self.trainer.evaluate()
+            self.heldout_before, self.accuracy_before = before["eval_loss"], before.get("eval_accuracy")
         if prompt is not None:
             self.answers = _Answers(prompt, before=self._answer(prompt))
 
     def _bind_sparse(self, optimizer: SparseSM3 | SparseAdamW, total_steps: int) -> None:
-        config, layers, master = self.config, self.prepared.layers, self.master
-        bind_optimizer(optimizer, layers, master)
+        config, layers, master = self.config, self.prepared.matrices, self.master
+        bind_optimizer(optimizer, self.prepared.layers, master, self.prepared.dense_parameters)
         if isinstance(optimizer, SparseSM3):
             self.trainer.add_callback(MergeAccumulators(optimizer, self.device))
         self.weight_states = WeightStates(
@@ -261,6 +275,7 @@ class _Training:
         self.trainer.release_gathered()
         state = checkpoint.index.run_state
         self.heldout_before, self.index_hash = state["heldout_before"], state["index_hash"]
+        self.accuracy_before = state["accuracy_before"]
         self.answers = _Answers(prompt, before=state["answer_before"])
         self.metrics.num_tokens, self.metrics.train_wall_s = state["num_tokens"], state["train_wall_s"]
 
@@ -271,6 +286,7 @@ class _Training:
         """What a resumed run needs to report the whole run."""
         return {
             "heldout_before": self.heldout_before,
+            "accuracy_before": self.accuracy_before,
             "answer_before": self.answers.before,
             "index_hash": self.index_hash,
             "num_tokens": self.metrics.num_tokens,
@@ -314,6 +330,7 @@ class _Training:
             heldout_after = self.metrics.heldout_loss_at(self.trainer.state.global_step)
             if heldout_after is None:
                 heldout_after = self.trainer.evaluate()["eval_loss"]
+        last_heldout = self.trainer.last_heldout
         if self.answers.prompt is not None:
             self.answers = replace(self.answers, after=self._answer(self.answers.prompt))
         peak = torch.tensor([memory_gib(self.device)["peak_memory_gib"]], dtype=torch.float64)
@@ -335,18 +352,20 @@ class _Training:
             reference_answer=prompt.reference if prompt else None,
             adapter_dir=str(self.output.adapter) if self.prepared.layers else None,
             merged_dir=None,
+            heldout_accuracy_before=self.accuracy_before,
+            heldout_accuracy_after=None if last_heldout is None else last_heldout.accuracy,
         )
 
     def _save(self) -> None:
         if self.prepared.layers:
-            stored = save_deltas(self.config, self.prepared.layers, self.master, self.output.adapter, self.device)
+            stored = save_deltas(self.config, self.prepared, self.master, self.output.adapter, self.device)
             if stored is not None and self.index_hash is not None and stored.index_hash != self.index_hash:
                 raise RuntimeError(
                     f"the indices in {self.output.adapter} hash to {stored.index_hash}, but the last event left "
                     f"{self.index_hash}: this is a defect, please report it"
                 )
         elif self.config.export.merged:
-            save_dense_model(self.config, self.prepared.model, self.output.merged, self.base_folder, self.device)
+            save_dense_model(self.config, self.prepared, self.output.merged, self.base_folder, self.device)
 
     def _say_start(self, plan: Any) -> None:
         if not self.is_main:

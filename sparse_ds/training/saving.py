@@ -6,20 +6,20 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn import Module
 
 from sparse_ds.config import RunConfig
 from sparse_ds.distributed import process_group
 from sparse_ds.distributed.zero3_partitions import MasterWeights, full_shape, gather_partitions, local_partition
 from sparse_ds.export.adapter import AdapterBase, AdapterConfig, StoredAdapterConfig, save_adapter
 from sparse_ds.export.checkpoint_writer import write_checkpoint
+from sparse_ds.export.classifier import classifier_config
 from sparse_ds.export.model_card import dense_model_card
-from sparse_ds.sparse.sparse_linear import SparseLinear
+from sparse_ds.training.setup import PreparedModel
 
 
 def save_deltas(
     config: RunConfig,
-    layers: dict[str, SparseLinear],
+    prepared: PreparedModel,
     master: MasterWeights,
     folder: Path,
     device: torch.device,
@@ -29,13 +29,19 @@ def save_deltas(
     Memory: one tensor's deltas on `device`; all deltas on rank 0's host (8 bytes per active weight).
     Collectives: one all-gather per tensor, then an agreement on success; every rank must call it.
     """
+    layers, classification = prepared.layers, prepared.classification
     gathered: list[tuple[str, Tensor, Tensor]] = []
+    dense: dict[str, Tensor] = {}
     for name, layer in layers.items():
         indices_K, values_K = gather_partitions(
             [layer.indices, layer.values], [local_partition(layer.indices), master.view(layer.values)], device
         )
         if process_group.rank() == 0:
             gathered.append((name, indices_K[: layer.num_active].cpu(), values_K[: layer.num_active].cpu()))
+    for name, parameter in prepared.dense_parameters.items():
+        (flat,) = gather_partitions([parameter], [master.view(parameter)], device)
+        if process_group.rank() == 0:
+            dense[name] = flat.view(full_shape(parameter)).cpu()
     stored = None
     with process_group.agreement("writing the adapter"):
         if process_group.rank() == 0:
@@ -50,18 +56,25 @@ def save_deltas(
                     dtype=config.model.dtype,
                 ),
                 shapes={name: (layer.layout.num_rows, layer.layout.num_cols) for name, layer in layers.items()},
+                dense_shapes={name: tuple(tensor.shape) for name, tensor in dense.items()},
+                task=config.model.task,
+                labels=None if classification is None else classification.labels,
+                pad_token_id=None if classification is None else classification.pad_token_id,
             )
-            stored = save_adapter(folder, gathered, config=adapter_config, overwrite=True)
+            stored = save_adapter(folder, gathered, config=adapter_config, dense=dense, overwrite=True)
     return stored
 
 
-def save_dense_model(config: RunConfig, model: Module, folder: Path, base_folder: Path, device: torch.device) -> None:
+def save_dense_model(
+    config: RunConfig, prepared: PreparedModel, folder: Path, base_folder: Path, device: torch.device
+) -> None:
     """Write a fully trained model (method `full`).
 
     Memory: one tensor on `device`; the whole model in its dtype on rank 0's host.
     Collectives: one all-gather per tensor, then an agreement on success; every rank must call it.
     """
     tensors: dict[str, Tensor] = {}
+    model, classification = prepared.model, prepared.classification
     for name, parameter in model.named_parameters():
         (flat,) = gather_partitions([parameter], [local_partition(parameter)], device)
         if process_group.rank() == 0:
@@ -74,7 +87,10 @@ def save_dense_model(config: RunConfig, model: Module, folder: Path, base_folder
                 tensors.__getitem__,
                 base_folder=base_folder,
                 tokenizer_folder=base_folder,
-                model_card=dense_model_card(config.model.name_or_path),
+                model_card=dense_model_card(config.model.name_or_path, task=config.model.task),
+                config_changes={}
+                if classification is None
+                else classifier_config(model.config.model_type, classification.labels, classification.pad_token_id),
                 dtype=config.export.merged_dtype,
                 max_shard_size=config.export.max_shard_size,
                 overwrite=True,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,14 +28,16 @@ from sparse_ds.model.build import (
     build_sparse_model,
     empty_model,
     plan_layouts,
+    plan_vector_layouts,
 )
+from sparse_ds.model.classification_head import Classification, initial_head, install_head
 from sparse_ds.optim.flat_segment import FlatSegment
 from sparse_ds.optim.sm3 import SparseSM3
 from sparse_ds.optim.sparse_adamw import SparseAdamW
 from sparse_ds.selection.registry import find_growth
 from sparse_ds.selection.schedule import is_event, num_to_replace
 from sparse_ds.sparse.layout import SparseLayout
-from sparse_ds.sparse.sparse_linear import SparseLinear
+from sparse_ds.sparse.sparse_linear import SparseLayer, SparseLinear
 
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 """`optimizer.schedule` -> transformers' name; all begin with the warm-up."""
@@ -47,13 +50,37 @@ class PreparedModel:
     """A model whose parameters are all partitioned, and its sparse layers by name (none for `full`)."""
 
     model: PreTrainedModel
-    layers: dict[str, SparseLinear]
+    layers: dict[str, SparseLayer]
     num_trained_weights: int
     num_weights: int
+    classification: Classification | None = None
+
+    @property
+    def matrices(self) -> dict[str, SparseLinear]:
+        """The sparse layers without biases and norms: what events may change."""
+        return {name: layer for name, layer in self.layers.items() if isinstance(layer, SparseLinear)}
+
+    @property
+    def dense_parameters(self) -> dict[str, Parameter]:
+        """Name -> parameter that trains as a whole: the head of a classification, everything for `full`."""
+        sparse = {id(layer.values) for layer in self.layers.values()}
+        named = self.model.named_parameters()
+        return {name: each for name, each in named if each.requires_grad and id(each) not in sparse}
 
 
-def prepare_model(config: RunConfig, checkpoint: BaseCheckpoint, device: torch.device) -> PreparedModel:
+def prepare_model(
+    config: RunConfig,
+    checkpoint: BaseCheckpoint,
+    device: torch.device,
+    classification: Classification | None = None,
+) -> PreparedModel:
     """Build the model of the run.
+
+    Args:
+        config: the run.
+        checkpoint: the base model.
+        device: where tensors are quantized.
+        classification: what a run with `model.task` sequence_classification found in its data; else None.
 
     Collectives: agreements on success; every rank must call it.
     """
@@ -69,9 +96,14 @@ def prepare_model(config: RunConfig, checkpoint: BaseCheckpoint, device: torch.d
     )
     layouts: dict[str, SparseLayout] = {}
     with agreement("building the model"):
-        model = empty_model(checkpoint, base)
+        model = empty_model(checkpoint, base, classification)
         num_weights = sum(parameter.numel() for parameter in model.parameters())
-        if all_methods()[config.method.name].trains_all:
+        trains_all, num_head_weights = all_methods()[config.method.name].trains_all, 0
+        if classification is not None:
+            head_LD = initial_head(checkpoint, classification, model.config.hidden_size, config.train.seed)
+            install_head(model, head_LD, base.dtype if trains_all else torch.float32, partitioned)
+            num_head_weights = head_LD.numel()
+        if trains_all:
             build_dense_model(checkpoint, model, base, partitioned)
         else:
             sparse = SparseSettings(
@@ -80,13 +112,17 @@ def prepare_model(config: RunConfig, checkpoint: BaseCheckpoint, device: torch.d
                 config.train.seed,
                 bernoulli=config.method.sampling == "bernoulli",
                 slots_per_active=config.method.redistribution_factor or 1.0,
+                train_biases=config.method.train_biases,
+                train_norms=config.method.train_norms,
             )
             layouts = plan_layouts(model, sparse)
             check_accumulator_limit(config, layouts, world_size())
-            build_sparse_model(checkpoint, model, layouts, base, sparse, partitioned, device)
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, SparseLinear)}
-    num_trained = sum(layout.num_active for layout in layouts.values()) if layouts else num_weights
-    return PreparedModel(model, layers, num_trained, num_weights)
+            vectors = plan_vector_layouts(model, layouts, sparse)
+            build_sparse_model(checkpoint, model, layouts, base, sparse, partitioned, device, vectors)
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, SparseLayer)}
+    num_sparse = sum(layer.num_active for layer in layers.values())
+    num_trained = num_sparse + num_head_weights if layouts else num_weights
+    return PreparedModel(model, layers, num_trained, num_weights, classification)
 
 
 def make_optimizer(config: RunConfig, parameters: list[Parameter]) -> torch.optim.Optimizer:
@@ -139,21 +175,33 @@ def make_training_arguments(
     )
 
 
-def bind_optimizer(optimizer: SparseSM3 | SparseAdamW, layers: dict[str, SparseLinear], master: MasterWeights) -> None:
+def bind_optimizer(
+    optimizer: SparseSM3 | SparseAdamW,
+    layers: Mapping[str, SparseLayer],
+    master: MasterWeights,
+    dense: Mapping[str, Parameter] | None = None,
+) -> None:
     """Tell the optimizer what lies where in DeepSpeed's flat master weights.
+
+    Args:
+        optimizer: of the engine.
+        layers: the sparse layers by name.
+        master: the engine's master weights.
+        dense: parameters that train as a whole, by name.
 
     Collectives: none; every rank must call it (SM3's accumulators must have one layout on all of them).
     """
     name_of = {id(layer.values): name for name, layer in layers.items()}
+    name_of |= {id(parameter): name for name, parameter in (dense or {}).items()}
     for sub_group, flat in enumerate(master.flats):
         if isinstance(optimizer, SparseAdamW):
             optimizer.register_flat(flat, master.padding_of(sub_group))
             continue
         segments = []
-        for position, parameter in enumerate(master.parameters_of(sub_group)):
-            name, where = name_of.get(id(parameter)), master.slice_of(parameter)
-            if name is None:
-                segments.append(_dense_segment(f"dense {sub_group}.{position}", parameter, where))
+        for parameter in master.parameters_of(sub_group):
+            name, where = name_of[id(parameter)], master.slice_of(parameter)
+            if name not in layers:
+                segments.append(_dense_segment(name, parameter, where))
                 continue
             layer = layers[name]
             segments.append(

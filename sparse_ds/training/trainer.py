@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import Trainer
 
@@ -19,6 +20,17 @@ from sparse_ds.training.global_order import GlobalOrderSampler
 
 OnSave = Callable[[], None]
 MakeOptimizer = Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]
+
+
+def classification_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int) -> Tensor:
+    """Trainer's `compute_loss_func`: this micro batch's share of the mean over the whole global batch.
+
+    Args:
+        outputs: of the model, with logits [B, L].
+        labels: [B].
+        num_items_in_batch: samples of all micro batches of all ranks of the step.
+    """
+    return F.cross_entropy(outputs.logits.float(), labels, reduction="sum") / num_items_in_batch
 
 
 class SparseTrainer(Trainer):
@@ -46,6 +58,8 @@ class SparseTrainer(Trainer):
         self._make_optimizer = make_optimizer
         self._sampler = sampler
         self._heldout = heldout
+        self.last_heldout: HeldoutResult | None = None
+        """Of the latest evaluation."""
         self._num_tokens = 0
         """Tokens that this rank has seen since the last call of `count_tokens`, padding excluded."""
 
@@ -85,12 +99,17 @@ class SparseTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Held-out loss; the log entry is `<prefix>_loss`.
+        """Held-out loss, and accuracy of a classification; the log entries are `<prefix>_loss`, `<prefix>_accuracy`.
 
         Collectives: those of `heldout_loss`; every rank must call it.
         """
-        result = self.heldout_result()
-        metrics = {f"{metric_key_prefix}_loss": result.loss, f"{metric_key_prefix}_num_tokens": result.num_tokens}
+        result = self.last_heldout = self.heldout_result()
+        metrics = {f"{metric_key_prefix}_loss": result.loss}
+        if result.accuracy is None:
+            metrics[f"{metric_key_prefix}_num_tokens"] = result.num_counted
+        else:
+            metrics[f"{metric_key_prefix}_accuracy"] = result.accuracy
+            metrics[f"{metric_key_prefix}_num_samples"] = result.num_counted
         if result.hidden_delta_fraction is not None:
             metrics[f"{metric_key_prefix}_hidden_delta_fraction"] = result.hidden_delta_fraction
         self.log(dict(metrics))

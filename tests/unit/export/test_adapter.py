@@ -229,3 +229,23 @@ def test_config_that_is_no_json_object(make_adapter: MakeAdapter, text: str, mes
     path.write_text(text)
     with pytest.raises(UserError, match=message):
         load_adapter(path.parent)
+
+
+def with_head(config: AdapterConfig) -> AdapterConfig:
+    changes = {"dense_shapes": {"score.weight": (2, 24)}, "task": "sequence_classification", "labels": ("no", "yes")}
+    return config.model_copy(update={**changes, "pad_token_id": 2})
+
+
+def test_a_tensor_that_trained_as_a_whole(tmp_path: Path, adapter_config: AdapterConfig, deltas: Deltas) -> None:
+    head = torch.randn(2, 24)
+    config, dense = with_head(adapter_config), {"score.weight": head}
+    save_adapter(tmp_path / "adapter", as_items(deltas), config=config, dense=dense)
+    adapter = load_adapter(tmp_path / "adapter")
+    assert torch.equal(adapter.read_dense("score.weight"), head)
+    assert (adapter.config.task, adapter.config.labels) == ("sequence_classification", ("no", "yes"))
+    assert {name for name, _ in adapter.items()} == set(deltas)
+    with pytest.raises(ValueError, match=r"tensor 'score.weight' is missing"):
+        save_adapter(tmp_path / "other", as_items(deltas), config=config)
+    for wrong in (torch.zeros(3, 24), torch.full((2, 24), torch.nan)):
+        with pytest.raises(ValueError, match=r"tensor 'score.weight' (has dtype|holds numbers)"):
+            save_adapter(tmp_path / "other", as_items(deltas), config=config, dense={"score.weight": wrong})

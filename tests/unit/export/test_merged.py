@@ -11,13 +11,13 @@ from pathlib import Path
 import bitsandbytes.functional as bnb
 import pytest
 import torch
-from adapter_items import Deltas, MakeAdapter, MakeBase
+from adapter_items import Deltas, MakeAdapter, MakeBase, as_items
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from sparse_ds.config.errors import UserError
 from sparse_ds.export import checkpoint_writer
-from sparse_ds.export.adapter import load_adapter
+from sparse_ds.export.adapter import AdapterConfig, load_adapter, save_adapter
 from sparse_ds.export.merged import merge_adapter
 from sparse_ds.export.model_card import dense_model_card
 
@@ -334,3 +334,70 @@ def test_revision_of_the_adapter_is_used_for_the_same_hub_base(
     merge_adapter("owner/copy", adapter, tmp_path / "two")
     merge_adapter("owner/tiny", adapter, tmp_path / "three", revision="def")
     assert asked == [("owner/tiny", "abc"), ("owner/copy", None), ("owner/tiny", "def")]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_classifier(
+    make_base: MakeBase, adapter_config: AdapterConfig, deltas: Deltas, tmp_path: Path, architecture: str, tied: bool
+) -> None:
+    """Body and head in one folder that says what its labels are; the vocabulary's matrix is gone."""
+    base, head = make_base(architecture, tied=tied), torch.randn(3, 24)
+    labels = ("no", "yes", "maybe")
+    changes = {"dense_shapes": {"score.weight": (3, 24)}, "task": "sequence_classification", "labels": labels}
+    config = adapter_config.model_copy(update={**changes, "pad_token_id": 2})
+    save_adapter(tmp_path / "adapter", as_items(deltas), config=config, dense={"score.weight": head})
+    merge_adapter(base, tmp_path / "adapter", tmp_path / "merged", dtype="float32")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    assert type(model).__name__ == model.config.architectures[0]
+    assert model.config.id2label == dict(enumerate(labels))
+    assert model.config.label2id == {label: number for number, label in enumerate(labels)}
+    assert (model.config.pad_token_id, model.config.problem_type) == (2, "single_label_classification")
+    assert torch.equal(model.score.weight, head)
+    body = edited_model(base, deltas).float()
+    tokens = torch.tensor([[1, 1, 3, 2, 2]])
+    with torch.no_grad():
+        logits = model(tokens).logits
+        hidden = body.model(tokens).last_hidden_state
+    assert torch.allclose(logits[0], hidden[0, 2] @ head.T, rtol=1e-5, atol=1e-6)
+    assert "lm_head.weight" not in load_file(tmp_path / "merged" / "model.safetensors")
+    readme = (tmp_path / "merged" / "README.md").read_text(encoding="utf-8")
+    assert "AutoModelForSequenceClassification" in readme and "labels: no, yes, maybe" in readme
+
+
+def test_a_head_of_another_size_is_refused(
+    make_base: MakeBase, adapter_config: AdapterConfig, deltas: Deltas, tmp_path: Path
+) -> None:
+    changes = {"dense_shapes": {"score.weight": (2, 8)}, "task": "sequence_classification", "labels": ("no", "yes")}
+    config = adapter_config.model_copy(update={**changes, "pad_token_id": 2})
+    save_adapter(tmp_path / "adapter", as_items(deltas), config=config, dense={"score.weight": torch.zeros(2, 8)})
+    with pytest.raises(UserError, match=r"'score.weight' has shape \[2, 8\]; base .* has shape \[2, 24\]"):
+        merge_adapter(make_base(), tmp_path / "adapter", tmp_path / "merged")
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_biases_and_norms(
+    make_base: MakeBase, adapter_config: AdapterConfig, tmp_path: Path, quantization: str
+) -> None:
+    """Vectors are never quantized: their deltas lie on the base's own numbers."""
+    base = make_base(attention_bias=True)
+    indices, values = torch.tensor([1, 5, 23], dtype=torch.int32), torch.tensor([0.5, -0.25, 1.0])
+    tensors = {
+        "model.norm": "model.norm.weight",
+        "model.layers.1.input_layernorm": "model.layers.1.input_layernorm.weight",
+        f"{Q_PROJ}.bias": f"{Q_PROJ}.bias",
+    }
+    trained = adapter_config.base.model_copy(update={"quantization": quantization})
+    config = adapter_config.model_copy(update={"shapes": dict.fromkeys(tensors, (24, 1)), "base": trained})
+    save_adapter(tmp_path / "adapter", ((name, indices.clone(), values.clone()) for name in tensors), config=config)
+    merge_adapter(base, tmp_path / "adapter", tmp_path / "merged")
+    stored, merged = load_file(base / "model.safetensors"), load_file(tmp_path / "merged" / "model.safetensors")
+    for name, tensor in merged.items():
+        expected = stored[name].bfloat16()
+        if name in tensors.values():
+            expected[indices.long()] = (expected[indices.long()].float() + values).bfloat16()
+        assert torch.equal(tensor, expected), name
+    wrong = adapter_config.model_copy(update={"shapes": {"model.norm": (30, 1)}})
+    save_adapter(tmp_path / "wrong", [("model.norm", indices, values)], config=wrong)
+    with pytest.raises(UserError, match=r"'model.norm.weight' has shape \[30, 1\]; base .* has shape \[24\]"):
+        merge_adapter(base, tmp_path / "wrong", tmp_path / "other")

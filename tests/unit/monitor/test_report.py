@@ -191,3 +191,17 @@ def test_folders_that_are_no_runs(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"kind": "summary"}\n')
     with pytest.raises(UserError, match="the summary of the run has no field 'heldout_loss_before'"):
         compare_runs([tmp_path])
+
+
+def test_accuracies_of_a_classification(tmp_path: Path) -> None:
+    classifier = replace(SUMMARY, heldout_accuracy_before=0.5, heldout_accuracy_after=0.93)
+    assert "held-out accuracy  50.0% before, 93.0% after" in run_table(classifier).splitlines()
+    folders = [write_run(tmp_path / "a", "sparta", classifier), write_run(tmp_path / "b", "full", SUMMARY)]
+    header, _, first, second, *_ = compare_runs(folders).splitlines()
+    assert header.split()[5:7] == ["after", "right"]
+    assert "93.0%" in first.split() and "93.0%" not in second.split()
+    assert all(len(line) <= 100 for line in compare_runs(folders).splitlines())
+    record = classifier.to_record()
+    assert RunSummary.from_record(record) == classifier
+    del record["heldout_accuracy_before"], record["heldout_accuracy_after"]
+    assert RunSummary.from_record(record) == SUMMARY, "a record of a time before there were classifications"
