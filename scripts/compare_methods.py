@@ -6,7 +6,8 @@ The first 85 % of the text's lines train, the rest is held out. Every method run
 its own (three, a factor of the root of 10 apart) with the first seed. If the best is at an edge of the grid, the grid
 is extended there by one, as often as needed. The best learning rate then runs with the other seeds. Nothing else is
 tuned: density, S, gamma and alpha are the defaults for all. Sparse methods and `full` run through launcher/train.py,
-over an NF4 base (`full`: bf16), LoRA through scripts/lora_baseline.py over the same NF4 weights. All see the same batches.
+over an NF4 base (`full`: bf16), LoRA through scripts/lora_baseline.py over the same NF4 weights; all see the same
+batches.
 
 A run that is finished is kept in the output folder and not repeated, so the script can be interrupted.
 """

@@ -147,7 +147,9 @@ class DropAndGrow:
             if self._estimation.num_counted_steps == 0:
                 num_to_replace = dict.fromkeys(num_to_replace, 0)
         states = self._weight_states.read()
-        allotment = self._allot(step, num_to_replace, states) if self._redistributes else None
+        allotment = None
+        if self._redistributes and any(num_to_replace.values()):
+            allotment = self._allot(step, num_to_replace, states)
         tensors: dict[str, TensorRecord] = {}
         births: Counter[int] = Counter()
         index_hash = IndexHash()

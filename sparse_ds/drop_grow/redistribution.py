@@ -32,21 +32,18 @@ def allot(num_to_drop: dict[str, int], scores: dict[str, Tensor]) -> Allotment |
     """Share the dropped weights out among the tensors.
 
     Args:
-        num_to_drop: of each tensor.
+        num_to_drop: of each tensor; not 0 for all.
         scores: this rank's share of the growth scores of each tensor, fp64, finite, >= 0; the ranks' shares together
             are the best that the tensor has room for.
 
     Returns:
         None if all tensors together cannot grow as many as they drop: then every tensor keeps its number.
 
-    Collectives: one all-reduce of 8 bytes per tensor and, unless there is nothing to share out, eight more small ones;
-    every rank must call it.
+    Collectives: eight small all-reduces; every rank must call it.
     """
     device = next(iter(scores.values())).device
     total = sum(num_to_drop.values())
     num_growable = sum_over_ranks(torch.tensor([score.numel() for score in scores.values()], device=device))
-    if total == 0:
-        return Allotment(num_to_drop, num_to_drop)
     if int(num_growable.sum()) < total:
         return None
     threshold = kth_largest_score(torch.cat(list(scores.values())), total, sum_over_ranks)

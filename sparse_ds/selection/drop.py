@@ -20,15 +20,15 @@ def smallest_magnitude(values_K: Tensor, indices_K: Tensor, k: int) -> Tensor:
         [k] int64 positions in `values_K`, ascending.
 
     Raises:
-        RuntimeError: a value is NaN.
+        RuntimeError: a value is not finite.
     """
     assert 0 <= k <= values_K.numel(), f"cannot drop {k} of {values_K.numel()} weights"
     if k == 0:
         return torch.empty(0, dtype=torch.int64, device=values_K.device)
     magnitudes = values_K.detach().abs()
-    num_nan = int(magnitudes.isnan().sum())
-    if num_nan:
-        raise RuntimeError(f"{num_nan} of {values_K.numel()} values are NaN: the training has diverged")
+    num_bad = int((~magnitudes.isfinite()).sum())
+    if num_bad:
+        raise RuntimeError(f"{num_bad} of {values_K.numel()} values are not finite: the training has diverged")
     threshold = magnitudes.kthvalue(k).values
     below = (magnitudes < threshold).nonzero().view(-1)
     tied = (magnitudes == threshold).nonzero().view(-1)

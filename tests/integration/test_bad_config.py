@@ -94,7 +94,7 @@ BAD_SETTINGS = {
     ),
     "NVMe offload": (
         "deepspeed.zero_optimization.offload_optimizer.device=nvme",
-        r"offload_optimizer\.device: got nvme, expected cpu or none: SM3",
+        r"offload_optimizer\.device: got nvme, expected cpu or none: NVMe offload takes only",
     ),
     "full over 4 bits": ("method.name=full", r"model\.quantization: got nf4, expected none with method\.name full"),
     "home folder": ("model.name_or_path=~/llama", r"model\.name_or_path: got ~/llama, expected a path written out"),

@@ -11,6 +11,8 @@ dropped and grown.
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import torch
 from torch import Tensor
 
@@ -31,7 +33,7 @@ def growable(evidence: Evidence, staying: Tensor, limit: int) -> Growable:
     row_acc, col_acc = evidence.accumulators
     num_inactive = evidence.layout.num_elements - evidence.indices.numel()
     limit = min(limit, num_inactive)
-    num_random = int(evidence.random_growth_fraction * limit)
+    num_random = int(Fraction(str(evidence.random_growth_fraction)) * limit)
     indices = outer_product_topk(row_acc, col_acc, evidence.indices, limit - num_random)
     if num_random:
         occupied = torch.cat([evidence.indices.long(), indices]).sort().values

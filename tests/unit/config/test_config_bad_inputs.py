@@ -74,6 +74,8 @@ BAD_OVERRIDES = [
         "method.random_growth_fraction=1.1",
         r"method\.random_growth_fraction: got 1\.1 \(number\), expected a number >= 0 and <= 1\.",
     ),
+    ("method.train_biases=1", r"method\.train_biases: got 1 \(integer\), expected true or false\."),
+    ("method.train_norms=yes", r'method\.train_norms: got "yes" \(text\), expected true or false\.'),
     ("method.sampling=normal", r'method\.sampling: got "normal" \(text\), expected one of exact, bernoulli\.'),
     (
         "optimizer.moments=int4",

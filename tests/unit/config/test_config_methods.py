@@ -28,6 +28,8 @@ VALUES: dict[str, Any] = {
     "method.gradient_accumulator_limit_gib": 0.5,
     "method.random_growth_fraction": 0.1,
     "method.sampling": "bernoulli",
+    "method.train_biases": True,
+    "method.train_norms": True,
     "optimizer.momentum": 0.5,
     "optimizer.betas": [0.8, 0.99],
     "optimizer.moments": "int8",
@@ -41,7 +43,7 @@ ADAMW = {"betas", "moments"}
 USED = {
     "sft_ag": REPEATED | DENSE_GRADIENT | ADAMW | {"candidate_source"},
     "sft_ma": REPEATED | {"random_growth_fraction", "momentum"},
-    "sparta": ADAMW | {"sampling"},
+    "sparta": ADAMW | {"sampling", "train_biases", "train_norms"},
     "fisher": DENSE_GRADIENT | ADAMW | {"estimation_steps"},
     "accumulated_gradient": DENSE_GRADIENT | ADAMW | {"estimation_steps"},
 }
