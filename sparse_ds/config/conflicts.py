@@ -23,6 +23,7 @@ METHOD_KEYS = (
     "interval_steps",
     "estimation_steps",
     "initial_drop_fraction",
+    "first_drop_fraction",
     "drop_schedule",
     "drop_criterion",
     "redistribution_factor",

@@ -45,6 +45,7 @@ class MethodFacts:
             used |= {
                 "interval_steps",
                 "initial_drop_fraction",
+                "first_drop_fraction",
                 "drop_schedule",
                 "drop_criterion",
                 "redistribution_factor",

@@ -116,6 +116,9 @@ class MethodConfig(_Section):
     initial_drop_fraction: Annotated[float, Field(gt=0, le=1)] = 0.2
     """alpha, a fraction above 0 up to 1: the event at step t of T drops floor(alpha * (1 - t / T) * K) of K weights,
     the first event all K, and grows as many; a weight that is dropped and grown stays as it is."""
+    first_drop_fraction: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """Share of the weights that the first event replaces, 0 to 1; in the paper all. In short runs less may be better:
+    all new weights at once take their first steps at the full learning rate."""
     drop_schedule: Literal["linear", "cosine", "constant"] = "linear"
     """How the dropped share falls over the run: alpha * (1 - t / T), alpha * (1 + cos(pi * t / T)) / 2, or alpha."""
     drop_criterion: Literal["magnitude", "change"] = "magnitude"

@@ -36,6 +36,7 @@ def num_to_replace(
     estimation_steps: int,
     initial_drop_fraction: float,
     drop_schedule: str = "linear",
+    first_drop_fraction: float = 1.0,
 ) -> int:
     """How many of a tensor's `num_active` weights the event after step `step` drops and grows; 0 if there is no event.
 
@@ -48,7 +49,7 @@ def num_to_replace(
     if not is_event(step, interval_steps=interval_steps, estimation_steps=estimation_steps):
         return 0
     if step == estimation_steps:
-        return num_active
+        return int(Fraction(str(first_drop_fraction)) * num_active)
     if drop_schedule == "linear":
         return int(Fraction(str(initial_drop_fraction)) * Fraction(total_steps - step, total_steps) * num_active)
     if drop_schedule == "constant":

@@ -337,6 +337,7 @@ class EventSchedule:
                 estimation_steps=method.estimation_steps,
                 initial_drop_fraction=method.initial_drop_fraction,
                 drop_schedule=method.drop_schedule,
+                first_drop_fraction=method.first_drop_fraction,
             )
             for name, layer in self._layers.items()
         }

@@ -20,6 +20,7 @@ VALUES: dict[str, Any] = {
     "method.interval_steps": 30,
     "method.estimation_steps": 4,
     "method.initial_drop_fraction": 0.3,
+    "method.first_drop_fraction": 0.5,
     "method.drop_schedule": "cosine",
     "method.drop_criterion": "change",
     "method.redistribution_factor": 1.5,
@@ -37,7 +38,7 @@ VALUES: dict[str, Any] = {
 """A valid value, not the default, of every key that some method does not use."""
 # What each method uses besides method.density, target_modules: a literal reading of what the methods are.
 REPEATED = {"interval_steps", "estimation_steps", "initial_drop_fraction", "drop_schedule", "drop_criterion"}
-REPEATED |= {"redistribution_factor"}
+REPEATED |= {"redistribution_factor", "first_drop_fraction"}
 DENSE_GRADIENT = {"gradient_tile_mib", "gradient_accumulator_limit_gib"}
 ADAMW = {"betas", "moments"}
 USED = {

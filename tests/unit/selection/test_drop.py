@@ -29,7 +29,7 @@ def test_equals_the_sort_without_ties(seed: int) -> None:
     assert torch.equal(smallest_magnitude(values, torch.arange(97), k), expected)
 
 
-def test_nan_is_refused() -> None:
+def test_what_is_not_finite_is_refused() -> None:
     with pytest.raises(RuntimeError, match="1 of 3 values are not finite"):
         smallest_magnitude(torch.tensor([1.0, float("nan"), 0.0]), torch.arange(3), 1)
 

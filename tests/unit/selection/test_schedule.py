@@ -125,3 +125,17 @@ def test_unknown_drop_schedule_is_refused() -> None:
 def test_impossible_intervals_are_refused(interval: int, estimation: int) -> None:
     with pytest.raises(AssertionError, match="expected interval > estimation"):
         is_event(5, interval_steps=interval, estimation_steps=estimation)
+
+
+@pytest.mark.parametrize(("fraction", "expected"), [(1.0, 100), (0.29, 29), (0.0, 0)])
+def test_the_first_event_replaces_all_or_a_share(fraction: float, expected: int) -> None:
+    replaced = num_to_replace(
+        5,
+        num_active=100,
+        total_steps=50,
+        interval_steps=20,
+        estimation_steps=5,
+        initial_drop_fraction=0.2,
+        first_drop_fraction=fraction,
+    )
+    assert replaced == expected

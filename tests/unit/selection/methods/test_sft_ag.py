@@ -89,8 +89,8 @@ def test_candidate_scores_that_are_not_finite_are_refused(bad: float) -> None:
         run_event(torch.arange(2), torch.ones(2), torch.arange(2), torch.tensor([1.0, bad]), 1)
 
 
-def test_drop_scores_that_are_nan_are_refused() -> None:
-    with pytest.raises(RuntimeError, match="1 of 2 values are NaN: the training has diverged"):
+def test_drop_scores_that_are_not_finite_are_refused() -> None:
+    with pytest.raises(RuntimeError, match="1 of 2 values are not finite: the training has diverged"):
         run_event(torch.arange(2), torch.tensor([1.0, math.nan]), torch.arange(2), torch.ones(2), 1)
 
 
