@@ -89,10 +89,9 @@ class SparseLinear(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., I] -> [..., O]."""
-        output: Tensor = _SparseLinearFunction.apply(input, self.values, self)  # type: ignore[no-untyped-call]
-        if self.bias is None:
-            return output
-        return output + (self.bias() if isinstance(self.bias, SparseVector) else self.bias)
+        bias_O = self.bias() if isinstance(self.bias, SparseVector) else self.bias
+        output: Tensor = _SparseLinearFunction.apply(input, self.values, bias_O, self)  # type: ignore[no-untyped-call]
+        return output
 
     def extra_repr(self) -> str:
         base = "nf4" if self.packed is not None else str(self.compute_dtype).removeprefix("torch.")
@@ -131,18 +130,19 @@ class _SparseLinearFunction(torch.autograd.Function):
     """The product and its gradients; `layer` carries the gathered parameters (not saved: they are released)."""
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, values: Tensor, layer: SparseLinear) -> Tensor:
+    def forward(ctx: Any, input: Tensor, values: Tensor, bias_O: Tensor | None, layer: SparseLinear) -> Tensor:
         ctx.layer = layer
         ctx.save_for_backward(input)
         with layer.merged_weight() as weight_OI:
-            return F.linear(input, weight_OI)
+            # The bias inside the product, as in nn.Linear: in 16 bits the sum is rounded once.
+            return F.linear(input, weight_OI, bias_O)
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         (input,) = ctx.saved_tensors
         layer: SparseLinear = ctx.layer
         layout = layer.layout
-        grad_input = grad_values = None
+        grad_input = grad_values = grad_bias = None
         if ctx.needs_input_grad[0]:
             with layer.merged_weight() as weight_OI:
                 grad_input = grad_output.matmul(weight_OI)
@@ -157,7 +157,9 @@ class _SparseLinearFunction(torch.autograd.Function):
             grad_values = values_gradient(grad_output_TO, input_TI, indices_K, boundaries, num_rows)
             if layout.spare_slots:
                 grad_values = F.pad(grad_values, (0, layout.num_slots - layer.num_active))
-        return grad_input, grad_values, None
+        if ctx.needs_input_grad[2]:
+            grad_bias = grad_output.reshape(-1, layout.num_rows).sum(0)
+        return grad_input, grad_values, grad_bias, None
 
 
 SparseLayer = SparseLinear | SparseVector

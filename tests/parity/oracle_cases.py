@@ -82,6 +82,7 @@ def run_config(
     optimizer: dict[str, Any],
     quantization: str = "none",
     dtype: str = "float32",
+    density: float = DENSITY,
     micro_batch_size: int = 1,
 ) -> dict[str, Any]:
     """The configuration of the run that `settings` describe, with what the method adds to two sections."""
@@ -92,7 +93,7 @@ def run_config(
             "eval": str(folder / f"{data}_eval.jsonl"),
             "sequence_length": 32,
         },
-        "method": {"density": DENSITY, **method},
+        "method": {"density": density, **method},
         "optimizer": {
             "learning_rate": settings.learning_rate,
             "weight_decay": settings.weight_decay,

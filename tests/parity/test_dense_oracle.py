@@ -15,7 +15,7 @@ import pytest
 import torch
 from dense_oracle import DenseOracle, Settings, Trace
 from oracle_cases import Material, Start, event_keys, largest_difference, run_config
-from tiny_llama_runs import FinishedRun, index_overlap, train, train_all
+from tiny_llama_runs import FinishedRun, index_overlap, train, train_all, train_forked
 
 SEED = 8
 
@@ -94,9 +94,11 @@ def runs(material: Material) -> dict[str, FinishedRun]:
     # Small parameters (24 and 49 values) then stay gathered: events must reach them too.
     two_ranks = copy.deepcopy(plain)
     two_ranks["deepspeed"] = {"zero_optimization": {"stage3_param_persistence_threshold": 60}}
+    one_micro_batch = copy.deepcopy(plain)
+    one_micro_batch["train"]["micro_batch_size"] = PLAIN.global_batch_size
     nf4 = sft_ma_config(material, NF4, "prompts", quantization="nf4")
     folder = material.folder
-    return train_all(
+    launched = train_all(
         {
             "4 ranks": partial(train, plain, 4, folder / "four"),
             "2 ranks": partial(train, two_ranks, 2, folder / "two"),
@@ -105,6 +107,7 @@ def runs(material: Material) -> dict[str, FinishedRun]:
             "nf4": partial(train, nf4, 1, folder / "nf4"),
         }
     )
+    return launched | {"1 micro batch": train_forked(one_micro_batch, 1, folder / "one_micro_batch")}
 
 
 def run_oracle(material: Material, data: str, settings: Settings, *, nf4: bool) -> Case:
@@ -167,18 +170,18 @@ def test_one_rank_follows_the_dense_oracle(
         )
 
 
-@pytest.mark.parametrize("run", ["2 ranks", "4 ranks"])
-def test_the_number_of_ranks_changes_nothing_but_rounding(run: str, runs: dict[str, FinishedRun]) -> None:
+@pytest.mark.parametrize("run", ["2 ranks", "4 ranks", "1 micro batch"])
+def test_ranks_and_micro_batches_change_nothing_but_rounding(run: str, runs: dict[str, FinishedRun]) -> None:
     """With the same global batch; that all ranks of a run agree at every event is asserted by the run itself.
 
     The order of sums differs, by far too little for another choice (`MIN_GAP`), so losses keep the oracle's tolerance.
     """
-    one, several = runs["1 rank"], runs[run]
-    assert largest_difference(several.steps("loss"), one.steps("loss")) < LOSS_TOLERANCE
-    assert largest_difference(several.steps("grad_norm"), one.steps("grad_norm")) < 1e-4
-    assert largest_difference(several.heldout_losses, one.heldout_losses) < LOSS_TOLERANCE
-    assert several.event_hashes.keys() == one.event_hashes.keys()
-    assert index_overlap(several, one) >= 0.995
+    one, other = runs["1 rank"], runs[run]
+    assert largest_difference(other.steps("loss"), one.steps("loss")) < LOSS_TOLERANCE
+    assert largest_difference(other.steps("grad_norm"), one.steps("grad_norm")) < 1e-4
+    assert largest_difference(other.heldout_losses, one.heldout_losses) < LOSS_TOLERANCE
+    assert other.event_hashes.keys() == one.event_hashes.keys()
+    assert index_overlap(other, one) >= 0.995
 
 
 def test_gradient_checkpointing_changes_nothing(runs: dict[str, FinishedRun]) -> None:

@@ -7,6 +7,7 @@ oracle does. As in `test_dense_oracle`, evaluations fall on steps before, with a
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -20,12 +21,14 @@ from tiny_llama_runs import FinishedRun, train_forked
 MODEL_SEED = 8
 LOSS_TOLERANCE = 1e-5
 # A run in fp32 against fp64. Values near 0 are sums of terms of up to the learning rate (0.02), and cancel: 3e-7 was
-# measured; in bf16 4e-6, since a weight that lies between two bf16 numbers may be rounded to the other one.
-VALUE_RTOL = 1e-5
-VALUE_ATOL = {"float32": 1e-6, "bfloat16": 1e-5}
+# measured, and 2e-8 for the smaller values of the runs in bf16.
+VALUE_RTOL, VALUE_ATOL = 1e-5, 1e-6
 # Two right implementations may choose differently where two scores are closer than their rounding. Here none is: the
 # smallest relative distance at any decision must be far above what scores of the two differ by (about 1e-6).
 MIN_GAP = 2e-4
+# In bf16 base + delta is rounded: no weight may be so near to the middle of two bf16 numbers that the 2e-8 decide. One
+# that is rounded to the other side changes losses by 1e-4, and from then on decisions.
+MIN_ROUNDING_GAP = 2e-7
 
 STEP = GradientSettings(
     method="sft_ag",
@@ -66,9 +69,19 @@ NF4 = dataclasses.replace(
     eval_interval_steps=4,
     seed=9,
 )
-BF16 = dataclasses.replace(STEP, total_steps=24, interval_steps=7, estimation_steps=2, eval_interval_steps=4, seed=5)
+# Few weights and steps, so that there is a seed with no weight near a rounding boundary (`MIN_ROUNDING_GAP`).
+BF16 = dataclasses.replace(
+    STEP,
+    total_steps=13,
+    interval_steps=4,
+    estimation_steps=2,
+    learning_rate=0.01,
+    max_grad_norm=0.4,
+    eval_interval_steps=4,
+    seed=226,
+)
 # A bf16 gradient of one sample has many equal entries.
-BF16_TIES = dataclasses.replace(BF16, group_size=1, max_grad_norm=1.0, seed=1)
+BF16_TIES = dataclasses.replace(BF16, group_size=1, seed=16)
 SPARTA = dataclasses.replace(STEP, method="sparta", total_steps=20, betas=(0.8, 0.95))
 FISHER = dataclasses.replace(STEP, method="fisher", group_size=1, total_steps=12, seed=4)
 ACCUMULATED = dataclasses.replace(STEP, method="accumulated_gradient", total_steps=12, seed=3)
@@ -81,14 +94,15 @@ class Case(NamedTuple):
     data: str = "texts"
     quantization: str = "none"
     dtype: str = "float32"
+    density: float = DENSITY
 
 
 CASES = {
     "step": Case(STEP),
     "micro_batch": Case(MICRO_BATCH, "prompts"),
     "nf4": Case(NF4, "prompts", quantization="nf4"),
-    "bf16": Case(BF16, dtype="bfloat16"),
-    "bf16 ties": Case(BF16_TIES, "prompts", dtype="bfloat16"),
+    "bf16": Case(BF16, dtype="bfloat16", density=0.01),
+    "bf16 ties": Case(BF16_TIES, "prompts", dtype="bfloat16", density=0.01),
     "sparta": Case(SPARTA),
     "fisher": Case(FISHER),
     "accumulated_gradient": Case(ACCUMULATED, "prompts"),
@@ -152,11 +166,21 @@ def gradient_config(materials: dict[str, Material], name: str, run: str) -> dict
         optimizer={"betas": settings.betas, "moments": "float32"},
         quantization=case.quantization,
         dtype=case.dtype,
+        density=case.density,
         micro_batch_size=division.micro_batch_size,
     )
     if case.dtype == "bfloat16":
         config["model"]["attention"] = "eager"  # as the oracle's: others round elsewhere
     return config | {section: {**config.get(section, {}), **keys} for section, keys in division.changes.items()}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Matrices this small are slower with more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -189,15 +213,12 @@ def oracles(materials: dict[str, Material]) -> dict[str, GradientOracle]:
     return {name: run_oracle(materials, case) for name, case in CASES.items()}
 
 
-def run_oracle(materials: dict[str, Material], case: Case, *, density: float = DENSITY) -> GradientOracle:
+def run_oracle(materials: dict[str, Material], case: Case) -> GradientOracle:
     material, settings = materials[case.dtype], case.settings
     dtype, nf4 = getattr(torch, case.dtype), case.quantization == "nf4"
-    start = Start.load(material, seed=settings.seed, nf4=nf4, dtype=dtype, density=density)
+    start = Start.load(material, seed=settings.seed, nf4=nf4, dtype=dtype, density=case.density)
     oracle = GradientOracle(start.model, start.bases, start.initial_indices, *material.samples[case.data], settings)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     oracle.run()
-    torch.set_num_threads(threads)
     return oracle
 
 
@@ -207,17 +228,19 @@ def test_the_comparison_means_something(name: str, oracles: dict[str, GradientOr
     oracle, settings = oracles[name], CASES[name].settings
     trace = oracle.trace
     assert all(gap > MIN_GAP for gap in trace.gaps)
-    num_events = {"sft_ag": 4, "sparta": 0}.get(settings.method, 1)
+    assert all(gap > MIN_ROUNDING_GAP for gap in oracle.rounding_gaps)
+    assert bool(oracle.rounding_gaps) == (CASES[name].dtype == "bfloat16")
+    num_events = {"sft_ag": 3, "sparta": 0}.get(settings.method, 1)
     assert len(trace.event_hashes) == len(set(trace.event_hashes.values())) >= num_events
     assert len(trace.gaps) >= num_events * len(oracle.targets)
     if settings.method == "sft_ag":
         assert all(count > 0 for count in oracle.num_new.values())
         assert sum(trace.num_replaced.values()) > sum(oracle.num_new.values()), "some weights should be kept"
     if name == "bf16 ties":
-        assert trace.num_tied > len(oracle.targets)
+        assert trace.num_tied > 4, "ties decided by index should occur"
     clipped = sum(norm > settings.max_grad_norm for norm in trace.grad_norms)
     assert 0 < clipped < settings.total_steps
-    assert trace.heldout_losses[0] - min(trace.heldout_losses) > 0.05, "the run must have moved"
+    assert abs(trace.heldout_losses[0] - trace.heldout_losses[-1]) > 0.01, "the run must have moved"
     assert max(float(target.delta.abs().max()) for target in oracle.targets.values()) > settings.learning_rate
 
 
@@ -246,7 +269,7 @@ def test_with_all_weights_active_the_oracle_is_torch_adamw(method: str, material
     settings = dataclasses.replace(
         STEP, method=method, total_steps=12, interval_steps=4, betas=(0.8, 0.95), max_grad_norm=2.9
     )
-    oracle = run_oracle(materials, Case(settings), density=1.0)
+    oracle = run_oracle(materials, Case(settings, density=1.0))
     trace = oracle.trace
     assert 0 < sum(norm > settings.max_grad_norm for norm in trace.grad_norms) < settings.total_steps
     deltas = {name: matrix.zeros().requires_grad_() for name, matrix in oracle.targets.items()}
@@ -316,6 +339,6 @@ def test_a_run_follows_the_oracle(
             result.values[module],
             matrix.values,
             rtol=VALUE_RTOL,
-            atol=VALUE_ATOL[CASES[name].dtype],
+            atol=VALUE_ATOL,
             msg=lambda text, m=module: f"{m}: {text}",
         )

@@ -7,13 +7,15 @@ import math
 import numpy as np
 import pytest
 import torch
-from sparse_ds.selection.sft_ma import select_sft_ma
 
 from sparse_ds.optim.flat_segment import FlatSegment
 from sparse_ds.optim.sm3 import SparseSM3
 from sparse_ds.selection.apply_event import carry_over
+from sparse_ds.selection.evidence import Evidence
 from sparse_ds.selection.random_subset import random_subset
+from sparse_ds.selection.registry import find_growth, select
 from sparse_ds.selection.schedule import num_to_replace
+from sparse_ds.sparse.layout import SparseLayout
 
 # fp32 against fp64: 24 bits, a few roundings a step, 40 steps.
 RTOL = 2e-5
@@ -136,9 +138,15 @@ def test_drop_and_grow_training_equals_masks_on_full_matrices(num_rows: int, num
         k = num_to_replace(step, num_active=num_active, **sizes)
         if k:
             num_events += 1
-            result = select_sft_ma(
-                segment.indices, values.detach(), optimizer.row_accumulator("w"), optimizer.col_accumulator("w"), k
+            evidence = Evidence(
+                name="w",
+                layout=SparseLayout(segment.num_rows, segment.num_cols, num_active),
+                indices=segment.indices,
+                drop_scores=values.detach().abs(),
+                row_acc=optimizer.row_accumulator("w"),
+                col_acc=optimizer.col_accumulator("w"),
             )
+            result = select(find_growth("sft_ma"), evidence, k)
             mask = dense_event(oracle, mask, k)
             values.data = carry_over(values.detach(), result.source)
             exp_avg = optimizer.state[values]["exp_avg"]
