@@ -15,7 +15,12 @@ from sparse_ds.config.methods import all_methods
 if TYPE_CHECKING:
     from sparse_ds.config.schema import CheckpointConfig, DataConfig, MethodConfig, ModelConfig, TrainConfig
 
-OPTIMIZER_KEYS: Mapping[str, tuple[str, ...]] = {"momentum": ("sm3",), "betas": ("adamw",), "moments": ("adamw",)}
+OPTIMIZER_KEYS: Mapping[str, tuple[str, ...]] = {
+    "momentum": ("sm3",),
+    "betas": ("adamw",),
+    "moments": ("adamw",),
+    "age_warmup_steps": ("adamw",),
+}
 """Keys of `optimizer` that only one optimizer uses."""
 METHOD_KEYS = (
     "density",
@@ -44,7 +49,7 @@ def idle_keys(method_name: str) -> dict[str, tuple[str, ...]]:
         return {}
     optimizer = tuple(key for key, users in OPTIMIZER_KEYS.items() if facts.optimizer not in users)
     if facts.trains_all:
-        optimizer = (*optimizer, "moments")
+        optimizer = (*optimizer, "moments", "age_warmup_steps")
     return {"method": tuple(key for key in METHOD_KEYS if key not in facts.used_keys), "optimizer": optimizer}
 
 

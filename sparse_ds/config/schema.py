@@ -173,6 +173,9 @@ class OptimizerConfig(_Section):
     eps: Annotated[float, Field(gt=0)] | None = None
     """Keeps the step of a weight with tiny gradients finite, above 0; null: 1e-8. AdamW adds it to the root of the
     second moment, SM3 to the accumulated squares inside the root."""
+    age_warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """The learning rate of each sparse value rises over the first so many steps of its age, 0 or more; a weight that
+    SFT-AG grows begins with the age `method.estimation_steps`. Softens the shock of many grown weights at once."""
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
     """The gradient is scaled down to this global 2-norm; 0: no clipping."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"

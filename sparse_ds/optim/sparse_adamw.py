@@ -12,6 +12,10 @@ the same order of operations: bit for bit on the CPU. A grown weight whose gradi
 with :math:`m = (1 - \beta_1^n) \bar g`, :math:`v = (1 - \beta_2^n) \overline{g^2}` and age n, which is what AdamW would
 hold had the gradient been constant; its first step is therefore as long as that of an old weight, not longer.
 
+With `age_warmup_steps` n the learning rate of a weight is :math:`\eta \min(1, a / n)`: a warm-up of its own for every
+weight. Many grown weights that take their first step together, all in the direction of their gradient and at the full
+learning rate, can throw the model back (Differs from the paper, which has no such thing; 0 turns it off).
+
 Ages are not stored. `birth_step` is the number of applied steps at which the age was 0, and age = step - birth_step:
 nothing has to be advanced, so nothing can freeze (a bfloat16 counter stops at 256).
 
@@ -79,7 +83,7 @@ class AgeCorrections:
     is never used.
 
     Attributes:
-        bias1: [cap + 1] fp64, 1 - beta1^age.
+        bias1: [cap + 1] fp64, 1 - beta1^age, divided by min(1, age / age_warmup_steps).
         root_bias2: [cap + 1] fp32, sqrt(1 - beta2^age).
     """
 
@@ -88,13 +92,15 @@ class AgeCorrections:
 
 
 @lru_cache(maxsize=8)
-def age_bias_corrections(betas: tuple[float, float], device: torch.device) -> AgeCorrections:
-    """The table for these betas, on `device`. Memory: 12 bytes x 17.3 / (1 - the larger beta)."""
+def age_bias_corrections(betas: tuple[float, float], device: torch.device, age_warmup_steps: int = 0) -> AgeCorrections:
+    """The table for these betas, on `device`. Memory: 12 bytes x 17.3 / (1 - the larger beta), or x the warm-up."""
     largest = max(betas)
     # fp32(1 - x) is 1 from x = 2^-25 on.
     cap = math.ceil(25 * math.log(2) / -math.log(largest)) if largest > 0 else 1
-    ages = torch.arange(cap + 1, dtype=torch.float64)
+    ages = torch.arange(max(cap, age_warmup_steps) + 1, dtype=torch.float64)
     bias1, bias2 = (1 - beta**ages for beta in betas)
+    if age_warmup_steps:
+        bias1 = bias1 / (ages / age_warmup_steps).clamp_(max=1)
     return AgeCorrections(bias1.to(device), bias2.sqrt().float().to(device))
 
 
@@ -161,6 +167,7 @@ class SparseAdamW(torch.optim.Optimizer):
         eps: added to the root of the second moment; > 0, so that a weight without any gradient stays.
         weight_decay: decoupled, times lr, acts on the values (the deltas).
         moments: how both running means are stored between steps.
+        age_warmup_steps: the learning rate of a weight rises over its first so many steps of age; 0: it does not.
 
     Attributes:
         paused: while True, `step` changes nothing, not even `step` and so no age.
@@ -184,6 +191,7 @@ class SparseAdamW(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         moments: Moments = "float32",
+        age_warmup_steps: int = 0,
     ) -> None:
         for key, value in (("lr", lr), ("weight_decay", weight_decay)):
             if not 0 <= value < math.inf:
@@ -192,11 +200,13 @@ class SparseAdamW(torch.optim.Optimizer):
             raise ValueError(f"eps: got {eps}, expected a number > 0")
         if len(betas) != 2 or not all(0 <= beta <= _LARGEST_BETA for beta in betas):
             raise ValueError(f"betas: got {betas}, expected two numbers from 0 to {_LARGEST_BETA}")
+        if age_warmup_steps < 0:
+            raise ValueError(f"age_warmup_steps: got {age_warmup_steps}, expected 0 or more")
         if moments not in get_args(Moments):
             raise ValueError(f"moments: got {moments!r}, expected one of {', '.join(get_args(Moments))}")
         super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
         self.paused = False
-        self._moments = moments
+        self._moments, self._age_warmup_steps = moments, age_warmup_steps
         self._flats: dict[Tensor, _Flat] = {}
 
     @property
@@ -267,7 +277,7 @@ class SparseAdamW(torch.optim.Optimizer):
         assert flat.grad is not None
         state = self.state[flat]
         state["step"] += 1
-        corrections = age_bias_corrections(tuple(group["betas"]), flat.device)
+        corrections = age_bias_corrections(tuple(group["betas"]), flat.device, self._age_warmup_steps)
         values, grad, birth_step = flat.detach().view(-1), flat.grad.reshape(-1), state["birth_step"].view(-1)
         for begin in range(0, flat.numel(), _CHUNK_ELEMENTS):
             chunk = slice(begin, min(begin + _CHUNK_ELEMENTS, flat.numel()))

@@ -134,7 +134,13 @@ def make_optimizer(config: RunConfig, parameters: list[Parameter]) -> torch.opti
         return torch.optim.AdamW(parameters, betas=settings.betas, **common)
     if facts.optimizer == "sm3":
         return SparseSM3(parameters, momentum=settings.momentum, **common)
-    return SparseAdamW(parameters, betas=settings.betas, moments=settings.moments, **common)
+    return SparseAdamW(
+        parameters,
+        betas=settings.betas,
+        moments=settings.moments,
+        age_warmup_steps=settings.age_warmup_steps,
+        **common,
+    )
 
 
 def make_training_arguments(

@@ -34,13 +34,14 @@ VALUES: dict[str, Any] = {
     "optimizer.momentum": 0.5,
     "optimizer.betas": [0.8, 0.99],
     "optimizer.moments": "int8",
+    "optimizer.age_warmup_steps": 25,
 }
 """A valid value, not the default, of every key that some method does not use."""
 # What each method uses besides method.density, target_modules: a literal reading of what the methods are.
 REPEATED = {"interval_steps", "estimation_steps", "initial_drop_fraction", "drop_schedule", "drop_criterion"}
 REPEATED |= {"redistribution_factor", "first_drop_fraction"}
 DENSE_GRADIENT = {"gradient_tile_mib", "gradient_accumulator_limit_gib"}
-ADAMW = {"betas", "moments"}
+ADAMW = {"betas", "moments", "age_warmup_steps"}
 USED = {
     "sft_ag": REPEATED | DENSE_GRADIENT | ADAMW | {"candidate_source"},
     "sft_ma": REPEATED | {"random_growth_fraction", "momentum"},

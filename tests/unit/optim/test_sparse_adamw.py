@@ -505,3 +505,22 @@ def test_cuda_equals_cpu(moments: Moments) -> None:
     for cpu, cuda in zip(*results, strict=True):
         differs = ~torch.isclose(cpu, cuda, rtol=1e-5, atol=1e-7)
         assert int(differs.sum()) <= (0 if moments == "float32" else 3)
+
+
+def test_age_warmup_scales_the_step_of_each_weight() -> None:
+    """Constant gradients: a step is lr * min(1, age / n) long, whatever the age that the weight begins with."""
+    values = torch.nn.Parameter(torch.zeros(3))
+    optimizer = SparseAdamW([values], lr=0.5, age_warmup_steps=8)
+    optimizer.register_flat(values)
+    gradient = torch.tensor([1.0, -2.0, 3.0])
+    ages = torch.tensor([0, 5, 20])
+    state = optimizer.state[values]
+    state["birth_step"].copy_(-ages)
+    state["exp_avg"].copy_((1 - 0.9 ** ages.double()) * gradient)
+    state["exp_avg_sq"].copy_((1 - 0.999 ** ages.double()) * gradient.square())
+    for step in (1, 2, 3):
+        before = values.detach().clone()
+        values.grad = gradient.clone()
+        optimizer.step()
+        expected = -0.5 * torch.minimum((ages + step) / 8, torch.ones(3)) * gradient.sign()
+        torch.testing.assert_close(values.detach() - before, expected, rtol=2e-6, atol=0.0)

@@ -58,8 +58,8 @@ def dense_forward(layer: SparseLinear, weight_OI: Tensor, values_K: Tensor, inpu
     """The documented layer in plain autograd: W' = round(fp32 W + fp32 values), Y = X W'^T (+ b)."""
     deltas_N = torch.zeros(ROWS * COLS).index_put((layer.indices.long(),), values_K)
     merged_OI = (weight_OI.float() + deltas_N.view(ROWS, COLS)).to(weight_OI.dtype)
-    output = F.linear(input, merged_OI)
-    return output if layer.bias is None else output + layer.bias
+    assert layer.bias is None or isinstance(layer.bias, Parameter)
+    return F.linear(input, merged_OI, layer.bias)
 
 
 def base_bytes(layer: SparseLinear) -> list[Tensor]:
