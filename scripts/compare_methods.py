@@ -39,13 +39,16 @@ class Method(NamedTuple):
 
 METHODS = {
     "SFT-AG": Method("zero3_sft_ag", 1e-2, {}),
+    "SFT-AG, gentle": Method(
+        "zero3_sft_ag", 3.2e-3, {"method.first_drop_fraction": 0.2, "optimizer.age_warmup_steps": 25}
+    ),
     "SFT-MA": Method("zero3_sft_ma", 1e-2, {}),
     "SFT-MA, 10 % of the growth random": Method("zero3_sft_ma", 1e-2, {"method.random_growth_fraction": 0.1}),
     "SpaRTA": Method("zero3_sft_ag", 1e-2, {"method.name": "sparta"}),
     "Fisher": Method("zero3_sft_ag", 1e-2, {"method.name": "fisher"}),
     "accumulated gradient": Method("zero3_sft_ag", 1e-2, {"method.name": "accumulated_gradient"}),
     "LoRA (peft)": Method("", 3e-3, {}),
-    "full": Method("zero3_full", 1e-3, {}),
+    "full": Method("zero3_full", 3.2e-4, {}),
 }
 
 
