@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from datetime import timedelta
+from contextlib import contextmanager
 
 import deepspeed
 import deepspeed.comm as dist
@@ -37,22 +36,14 @@ def start(device_type: str) -> None:
     os.environ["LOCAL_WORLD_SIZE"] = str(hosts.count(socket.gethostname()))
 
 
-def stop(max_wait_s: float | None = None) -> None:
+def stop() -> None:
     """Leave the process group, all ranks together. Without it a run on gloo can end with "terminate called", code -6.
-
-    Args:
-        max_wait_s: wait no longer for ranks that may have failed otherwise; None: as long as the group's timeout.
 
     Collectives: one barrier; every rank must call it.
     """
-    if not torch.distributed.is_initialized():
-        return
-    if max_wait_s is None:
+    if torch.distributed.is_initialized():
         torch.distributed.barrier()
-    else:
-        with suppress(RuntimeError):
-            torch.distributed.barrier(async_op=True).wait(timedelta(seconds=max_wait_s))
-    torch.distributed.destroy_process_group()
+        torch.distributed.destroy_process_group()
 
 
 def rank() -> int:

@@ -90,12 +90,7 @@ def run(config: RunConfig, launch: LaunchEnvironment, device_type: str) -> None:
     device = torch.device("cuda", launch.local_rank) if device_type == "cuda" else torch.device("cpu")
     if device_type == "cpu":
         _share_cores(config)
-    try:
-        summary = _Training(config, launch, output, base_folder, device).carry_out()
-    except UserError:
-        # The ranks have agreed on it, so all of them come here.
-        process_group.stop(max_wait_s=10.0)
-        raise
+    summary = _Training(config, launch, output, base_folder, device).carry_out()
     process_group.stop()
     # Trainer left a global mark that makes transformers build every later model under ZeRO-3.
     unset_hf_deepspeed_config()
