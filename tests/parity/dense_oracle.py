@@ -109,6 +109,16 @@ class Matrix:
     def merged(self) -> Tensor:
         return (self.base.double() + self.delta).float()
 
+    def rounding_gap(self) -> float:
+        """Of the changed weights, the smallest distance to the middle of the two bf16 numbers around one."""
+        changed = self.delta != 0
+        exact, rounded = (self.base.double() + self.delta)[changed], self.merged[changed].bfloat16()
+        middles = [
+            (rounded.double() + torch.nextafter(rounded, torch.full_like(rounded, towards)).double()) / 2
+            for towards in (-math.inf, math.inf)
+        ]
+        return min(float((exact - middle).abs().min()) for middle in middles)
+
 
 class DenseTraining(ABC):
     """A run of any method; see the module docstring.
@@ -129,6 +139,8 @@ class DenseTraining(ABC):
     ) -> None:
         self.model, self.targets, self.train, self.heldout, self.settings = model, matrices, train, heldout, settings
         self.trace = Trace()
+        self.rounding_gaps: list[float] = []
+        """Of every merging into a bf16 model: how near a changed weight is to the middle of two bf16 numbers."""
         model.requires_grad_(False)
         for name in matrices:
             model.get_submodule(name).weight.requires_grad_(True)
@@ -201,6 +213,8 @@ class DenseTraining(ABC):
         with torch.no_grad():
             for name, matrix in self.targets.items():
                 self.model.get_submodule(name).weight.copy_(matrix.merged)
+        if self.model.dtype == torch.bfloat16:
+            self.rounding_gaps += [matrix.rounding_gap() for matrix in self.targets.values() if matrix.delta.any()]
 
     def _negative_log_likelihood(self, sample: Sample) -> Tensor:
         """Sum over the learned tokens, in fp32; no padding, no attention mask, no loss of transformers."""

@@ -154,8 +154,6 @@ class GradientOracle(DenseTraining):
         super().__init__(model, matrices, train, heldout, settings)
         self.num_new: dict[int, int] = {}
         """By event: weights that were not active before it."""
-        self.rounding_gaps: list[float] = []
-        """Of every merging into a bf16 model: how near a changed weight is to the middle of two bf16 numbers."""
 
     def _train_step(self, step: int, samples: Sequence[Sample]) -> float:
         settings, num_tokens = self.settings, num_learned(samples)
@@ -211,19 +209,3 @@ class GradientOracle(DenseTraining):
         exact = float(alpha) * (1 + math.cos(math.pi * step / settings.total_steps)) / 2 * num_active
         assert abs(exact - round(exact)) > 1e-9, "which side of a whole number this is must not hang on rounding"
         return math.floor(exact)
-
-    def _materialise(self) -> None:
-        super()._materialise()
-        if self.model.dtype == torch.bfloat16:
-            self.rounding_gaps += [_distance_from_rounding(m) for m in self.targets.values() if m.delta.any()]
-
-
-def _distance_from_rounding(matrix: AdamMatrix) -> float:
-    """Of the changed weights, the smallest to the middle of the two bf16 numbers around one."""
-    changed = matrix.delta != 0
-    exact, rounded = (matrix.base.double() + matrix.delta)[changed], matrix.merged[changed].bfloat16()
-    middles = [
-        (rounded.double() + torch.nextafter(rounded, torch.full_like(rounded, towards)).double()) / 2
-        for towards in (-math.inf, math.inf)
-    ]
-    return min(float((exact - middle).abs().min()) for middle in middles)

@@ -59,8 +59,29 @@ NF4 = Settings(
     seed=SEED,
 )
 
+# Few weights and steps, so that there is a seed with no weight near a rounding boundary (`MIN_ROUNDING_GAP`).
+BF16 = Settings(
+    total_steps=13,
+    global_batch_size=4,
+    interval_steps=4,
+    estimation_steps=2,
+    initial_drop_fraction=0.5,
+    learning_rate=0.01,
+    weight_decay=0.3,
+    momentum=0.0,
+    eps=None,
+    max_grad_norm=0.4,
+    warmup_fraction=0.1,
+    eval_interval_steps=4,
+    seed=9,
+)
+BF16_DENSITY = 0.01
+# In bf16 base + delta is rounded: no weight may be so near to the middle of two bf16 numbers that the 2e-8 decide by
+# which the values of the two differ.
+MIN_ROUNDING_GAP = 2e-7
 
-def sft_ma_config(material: Material, settings: Settings, data: str, *, quantization: str) -> dict[str, Any]:
+
+def sft_ma_config(material: Material, settings: Settings, data: str, **base: Any) -> dict[str, Any]:
     """The configuration of the run that `settings` describe; micro batches of 1, so 4 ranks accumulate nothing."""
     return run_config(
         material.folder,
@@ -68,7 +89,7 @@ def sft_ma_config(material: Material, settings: Settings, data: str, *, quantiza
         data,
         method=event_keys(settings),
         optimizer={"momentum": settings.momentum},
-        quantization=quantization,
+        **base,
     )
 
 
@@ -86,7 +107,12 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Material:
 
 
 @pytest.fixture(scope="module")
-def runs(material: Material) -> dict[str, FinishedRun]:
+def bf16_material(tmp_path_factory: pytest.TempPathFactory) -> Material:
+    return Material.save(tmp_path_factory.mktemp("dense_oracle_bf16"), model_seed=SEED, attention_bias=False)
+
+
+@pytest.fixture(scope="module")
+def runs(material: Material, bf16_material: Material) -> dict[str, FinishedRun]:
     """All runs of this file; each launch costs many seconds of imports, so they are shared and made two at a time."""
     plain = sft_ma_config(material, PLAIN, "texts", quantization="none")
     checkpointing = copy.deepcopy(plain)
@@ -97,6 +123,8 @@ def runs(material: Material) -> dict[str, FinishedRun]:
     one_micro_batch = copy.deepcopy(plain)
     one_micro_batch["train"]["micro_batch_size"] = PLAIN.global_batch_size
     nf4 = sft_ma_config(material, NF4, "prompts", quantization="nf4")
+    bf16 = sft_ma_config(bf16_material, BF16, "texts", dtype="bfloat16", density=BF16_DENSITY)
+    bf16["model"]["attention"] = "eager"  # as the oracle's: others round elsewhere
     folder = material.folder
     launched = train_all(
         {
@@ -107,11 +135,14 @@ def runs(material: Material) -> dict[str, FinishedRun]:
             "nf4": partial(train, nf4, 1, folder / "nf4"),
         }
     )
-    return launched | {"1 micro batch": train_forked(one_micro_batch, 1, folder / "one_micro_batch")}
+    return launched | {
+        "1 micro batch": train_forked(one_micro_batch, 1, folder / "one_micro_batch"),
+        "bf16": train_forked(bf16, 1, folder / "bf16"),
+    }
 
 
-def run_oracle(material: Material, data: str, settings: Settings, *, nf4: bool) -> Case:
-    start = Start.load(material, seed=settings.seed, nf4=nf4)
+def run_oracle(material: Material, data: str, settings: Settings, **base: Any) -> Case:
+    start = Start.load(material, seed=settings.seed, **base)
     oracle = DenseOracle(start.model, start.bases, start.initial_indices, *material.samples[data], settings)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -130,21 +161,29 @@ def nf4(material: Material) -> Case:
     return run_oracle(material, "prompts", NF4, nf4=True)
 
 
-@pytest.mark.parametrize("name", ["plain", "nf4"])
+@pytest.fixture(scope="module")
+def bf16(bf16_material: Material) -> Case:
+    return run_oracle(bf16_material, "texts", BF16, dtype=torch.bfloat16, density=BF16_DENSITY)
+
+
+@pytest.mark.parametrize("name", ["plain", "nf4", "bf16"])
 def test_the_comparison_means_something(name: str, request: pytest.FixtureRequest) -> None:
     """The oracle's own run exercises what it is to check, and no decision of it hangs on rounding."""
     oracle, trace, settings = request.getfixturevalue(name)
     assert min(trace.gaps) > MIN_GAP
     assert trace.num_tied > 0, "ties decided by index should occur"
-    assert len(trace.event_hashes) == len(set(trace.event_hashes.values())) == {"plain": 5, "nf4": 3}[name]
+    assert len(trace.event_hashes) == len(set(trace.event_hashes.values())) == {"plain": 5, "nf4": 3, "bf16": 3}[name]
     assert all(count > 0 for count in trace.num_replaced.values())
     clipped = sum(norm > settings.max_grad_norm for norm in trace.grad_norms)
     assert 0 < clipped < settings.total_steps
-    assert trace.heldout_losses[0] - trace.heldout_losses[-1] > 0.05, "the run must have moved"
+    has_moved = trace.heldout_losses[0] - trace.heldout_losses[-1]
+    assert has_moved > {"plain": 0.05, "nf4": 0.05, "bf16": 0.004}[name]
+    assert bool(oracle.rounding_gaps) == (name == "bf16")
+    assert all(gap > MIN_ROUNDING_GAP for gap in oracle.rounding_gaps)
     assert max(float(target.delta.abs().max()) for target in oracle.targets.values()) > settings.learning_rate
 
 
-@pytest.mark.parametrize(("name", "run"), [("plain", "1 rank"), ("nf4", "nf4")])
+@pytest.mark.parametrize(("name", "run"), [("plain", "1 rank"), ("nf4", "nf4"), ("bf16", "bf16")])
 def test_one_rank_follows_the_dense_oracle(
     name: str, run: str, runs: dict[str, FinishedRun], request: pytest.FixtureRequest
 ) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -84,6 +85,10 @@ BF16 = dataclasses.replace(
 BF16_TIES = dataclasses.replace(BF16, group_size=1, seed=16)
 SPARTA = dataclasses.replace(STEP, method="sparta", total_steps=20, betas=(0.8, 0.95))
 FISHER = dataclasses.replace(STEP, method="fisher", group_size=1, total_steps=12, seed=4)
+# Over other bases.
+SPARTA_NF4 = dataclasses.replace(SPARTA, learning_rate=0.05)
+SPARTA_BF16 = dataclasses.replace(BF16, method="sparta", total_steps=6, max_grad_norm=0.3, seed=167)
+FISHER_NF4 = dataclasses.replace(FISHER, seed=1)
 ACCUMULATED = dataclasses.replace(STEP, method="accumulated_gradient", total_steps=12, seed=3)
 
 
@@ -104,7 +109,10 @@ CASES = {
     "bf16": Case(BF16, dtype="bfloat16", density=0.01),
     "bf16 ties": Case(BF16_TIES, "prompts", dtype="bfloat16", density=0.01),
     "sparta": Case(SPARTA),
+    "sparta nf4": Case(SPARTA_NF4, "prompts", quantization="nf4"),
+    "sparta bf16": Case(SPARTA_BF16, dtype="bfloat16", density=0.01),
     "fisher": Case(FISHER),
+    "fisher nf4": Case(FISHER_NF4, "prompts", quantization="nf4"),
     "accumulated_gradient": Case(ACCUMULATED, "prompts"),
 }
 
@@ -139,12 +147,21 @@ RUNS = {
     "nf4": {"1 x 1": Division(1, 1)},
     "bf16": {"1 x 1": Division(1, 1)},
     "bf16 ties": {"1 x 1": Division(1, 1)},
-    "sparta": {"1 x 1": Division(1, 1), "2 x 2": Division(2, 2)},
+    "sparta": {"1 x 1": Division(1, 1), "2 x 2": Division(2, 2), "checkpointing": Division(1, 4, CHECKPOINTING)},
+    "sparta nf4": {"1 x 1": Division(1, 1)},
+    "sparta bf16": {"1 x 1": Division(1, 1)},
     # The squares are those of micro batches of one sample.
-    "fisher": {"1 x 1": Division(1, 1), "2 x 1": Division(2, 1)},
+    "fisher": {"1 x 1": Division(1, 1), "2 x 1": Division(2, 1), "checkpointing": Division(1, 1, CHECKPOINTING)},
+    "fisher nf4": {"1 x 1": Division(1, 1)},
     "accumulated_gradient": {"1 x 1": Division(1, 1), "1 x 4": Division(1, 4)},
 }
-NAMES = [(name, run) for name, divisions in RUNS.items() for run in divisions]
+# What these show is shown by cheaper runs too, for another method or source.
+SLOW = {("step", "4 x 1"), ("step", "checkpointing"), ("sparta", "checkpointing"), ("fisher", "checkpointing")}
+NAMES = [
+    pytest.param(name, run, marks=[pytest.mark.slow] if (name, run) in SLOW else [])
+    for name, divisions in RUNS.items()
+    for run in divisions
+]
 
 
 def gradient_config(materials: dict[str, Material], name: str, run: str) -> dict[str, Any]:
@@ -185,7 +202,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def materials(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Material]:
-    """By dtype; the model for bf16 has no biases, which a run adds in an operation of its own with its own rounding."""
+    """By dtype; the model for bf16 has no biases."""
     folder = tmp_path_factory.mktemp("gradient_oracle")
     return {
         "float32": Material.save(folder / "float32", model_seed=MODEL_SEED),
@@ -193,18 +210,25 @@ def materials(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Material]:
     }
 
 
+class Runs:
+    """The runs of this file, each made when it is first asked for."""
+
+    def __init__(self, materials: dict[str, Material], folder: Path) -> None:
+        self._materials, self._folder = materials, folder
+        self._finished: dict[tuple[str, str], FinishedRun] = {}
+
+    def __getitem__(self, key: tuple[str, str]) -> FinishedRun:
+        if key not in self._finished:
+            name, run = key
+            config = gradient_config(self._materials, name, run)
+            folder = self._folder / f"{name}, {run}"
+            self._finished[key] = train_forked(config, RUNS[name][run].num_ranks, folder)
+        return self._finished[key]
+
+
 @pytest.fixture(scope="module")
-def runs(
-    materials: dict[str, Material], tmp_path_factory: pytest.TempPathFactory
-) -> dict[tuple[str, str], FinishedRun]:
-    """All runs of this file."""
-    folder = tmp_path_factory.mktemp("runs")
-    return {
-        (name, run): train_forked(
-            gradient_config(materials, name, run), RUNS[name][run].num_ranks, folder / f"{name}, {run}"
-        )
-        for name, run in NAMES
-    }
+def runs(materials: dict[str, Material], tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(materials, tmp_path_factory.mktemp("runs"))
 
 
 @pytest.fixture(scope="module")
@@ -316,9 +340,7 @@ def test_a_grown_weight_of_the_oracle_moves_by_the_learning_rate_under_a_constan
 
 
 @pytest.mark.parametrize(("name", "run"), NAMES)
-def test_a_run_follows_the_oracle(
-    name: str, run: str, runs: dict[tuple[str, str], FinishedRun], oracles: dict[str, GradientOracle]
-) -> None:
+def test_a_run_follows_the_oracle(name: str, run: str, runs: Runs, oracles: dict[str, GradientOracle]) -> None:
     """At every event the same index sets, and all numbers up to rounding, in every division of the samples."""
     oracle, settings, result = oracles[name], CASES[name].settings, runs[name, run]
     trace = oracle.trace
