@@ -89,6 +89,7 @@ FISHER = dataclasses.replace(STEP, method="fisher", group_size=1, total_steps=12
 SPARTA_NF4 = dataclasses.replace(SPARTA, learning_rate=0.05)
 SPARTA_BF16 = dataclasses.replace(BF16, method="sparta", total_steps=6, max_grad_norm=0.3, seed=167)
 FISHER_NF4 = dataclasses.replace(FISHER, seed=1)
+FISHER_BF16 = dataclasses.replace(BF16, method="fisher", group_size=1, total_steps=5, max_grad_norm=0.3, seed=140)
 ACCUMULATED = dataclasses.replace(STEP, method="accumulated_gradient", total_steps=12, seed=3)
 
 
@@ -113,6 +114,7 @@ CASES = {
     "sparta bf16": Case(SPARTA_BF16, dtype="bfloat16", density=0.01),
     "fisher": Case(FISHER),
     "fisher nf4": Case(FISHER_NF4, "prompts", quantization="nf4"),
+    "fisher bf16": Case(FISHER_BF16, dtype="bfloat16", density=0.01),
     "accumulated_gradient": Case(ACCUMULATED, "prompts"),
 }
 
@@ -153,6 +155,7 @@ RUNS = {
     # The squares are those of micro batches of one sample.
     "fisher": {"1 x 1": Division(1, 1), "2 x 1": Division(2, 1), "checkpointing": Division(1, 1, CHECKPOINTING)},
     "fisher nf4": {"1 x 1": Division(1, 1)},
+    "fisher bf16": {"1 x 1": Division(1, 1)},
     "accumulated_gradient": {"1 x 1": Division(1, 1), "1 x 4": Division(1, 4)},
 }
 # What these show is shown by cheaper runs too, for another method or source.
