@@ -159,7 +159,15 @@ RUNS = {
     "accumulated_gradient": {"1 x 1": Division(1, 1), "1 x 4": Division(1, 4)},
 }
 # What these show is shown by cheaper runs too, for another method or source.
-SLOW = {("step", "4 x 1"), ("step", "checkpointing"), ("sparta", "checkpointing"), ("fisher", "checkpointing")}
+SLOW = {
+    ("step", "2 x 1"),
+    ("step", "4 x 1"),
+    ("step", "checkpointing"),
+    ("sparta", "2 x 2"),
+    ("sparta", "checkpointing"),
+    ("fisher", "checkpointing"),
+    ("accumulated_gradient", "1 x 4"),
+}
 NAMES = [
     pytest.param(name, run, marks=[pytest.mark.slow] if (name, run) in SLOW else [])
     for name, divisions in RUNS.items()
