@@ -6,6 +6,7 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import deepspeed
 import deepspeed.comm as dist
@@ -54,6 +55,17 @@ def rank() -> int:
 def world_size() -> int:
     """Number of ranks; 1 without a process group."""
     return int(torch.distributed.get_world_size()) if torch.distributed.is_initialized() else 1
+
+
+def gather_records(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """The small record of every rank, in the order of the ranks.
+
+    Collectives: one gather; every rank must call it.
+    """
+    records: list[dict[str, Any]] = [record] * world_size()
+    if torch.distributed.is_initialized():
+        torch.distributed.all_gather_object(records, record)
+    return records
 
 
 @contextmanager

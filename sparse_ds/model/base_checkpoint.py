@@ -1,4 +1,4 @@
-"""The files of a base model: which tensor lies in which file, read one tensor at a time.
+"""The files of a base model: which tensor lies in which file, read whole or by ranges of elements.
 
 Formats: one `model.safetensors`, or several with `model.safetensors.index.json`; `pytorch_model.bin` (one or several)
 as a fallback, memory-mapped.
@@ -13,12 +13,11 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sparse_ds.config.errors import UserError
 from sparse_ds.embedded import resolve_model
+from sparse_ds.model.weight_files import BinFile, SafetensorsFile, StoredTensor, UnreadableFileError, WeightFile
 
 logger = logging.getLogger(__name__)
 
@@ -91,25 +90,30 @@ class BaseCheckpoint:
         folder: with config.json and weights.
 
     Raises:
-        UserError: no config.json, no weights, an index that names a missing file, an unreadable file.
+        UserError: no config.json, no weights, an index that names a missing file or tensor, a damaged file.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.config = _read_json(folder / "config.json")
-        self.is_safetensors = True
+        self.bytes_read = 0
+        """Bytes of tensors that were read so far (headers excluded)."""
+        self._files: dict[str, WeightFile] = {}
         self._file_of: dict[str, str] = {}
-        self._bin_files: dict[str, dict[str, Tensor]] = {}
         for weights in (SAFETENSORS, BIN):
             if (folder / f"{weights}.index.json").is_file():
                 self._file_of = self._check_index(f"{weights}.index.json")
             elif (folder / weights).is_file():
-                self._file_of = dict.fromkeys(self._names_in(weights), weights)
+                self._file_of = dict.fromkeys(self._open(weights).tensors, weights)
             else:
                 continue
             self.is_safetensors = weights == SAFETENSORS
             if not self.is_safetensors:
-                logger.warning("%s has no safetensors weights: reading its %s files instead", folder, BIN)
+                logger.warning(
+                    "%s has no safetensors weights: reading its %s files instead, which are mapped into memory",
+                    folder,
+                    BIN,
+                )
             return
         raise UserError(
             f"model.name_or_path: {folder} holds no weights; expected {SAFETENSORS} or {BIN}, or one of them in shards "
@@ -122,22 +126,35 @@ class BaseCheckpoint:
     @property
     def names(self) -> list[str]:
         """Tensor names in the order of the files, so that reading them in this order reads every file once."""
-        return sorted(self._file_of, key=lambda name: (self._file_of[name], name))
+        return sorted(self._file_of, key=lambda name: (self._file_of[name], self.stored(name).offset, name))
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(self.stored(name).num_bytes for name in self._file_of)
+
+    def stored(self, name: str) -> StoredTensor:
+        """Dtype and shape of a tensor; nothing of it is read."""
+        return self._files[self._file_of[name]].tensors[name]
 
     def read(self, name: str) -> Tensor:
-        """One tensor as it is stored, on CPU."""
+        """One whole tensor as it is stored, on the CPU."""
+        stored = self.stored(name)
+        return self.read_range(name, 0, stored.num_elements).view(stored.shape)
+
+    def read_range(self, name: str, start: int, stop: int) -> Tensor:
+        """Elements [start, stop) of the flat tensor: a new tensor [stop - start] on the CPU, in the stored dtype.
+
+        Raises:
+            UserError: the file cannot be read there.
+        """
         file_name = self._file_of[name]
-        if file_name.endswith(".bin"):
-            tensors = self._bin_tensors(file_name)
-            if name not in tensors:
-                raise self._unreadable(file_name, KeyError(f"no tensor {name}"))
-            return tensors[name]
-        with self._open(file_name) as file:
-            try:
-                tensor: Tensor = file.get_tensor(name)
-            except (SafetensorError, OSError) as error:
-                raise self._unreadable(file_name, error) from error
-            return tensor
+        try:
+            elements = self._files[file_name].read(name, start, stop)
+        except UnreadableFileError as error:
+            raise self._unreadable(file_name, error) from error
+        self.bytes_read += elements.numel() * elements.element_size()
+        return elements
 
     def fingerprint(self) -> str:
         """sha256 over config.json and what the weight files say of their tensors (names, shapes, places); not over the
@@ -151,41 +168,38 @@ class BaseCheckpoint:
                     digest.update(file.read(int.from_bytes(file.read(8), "little")))
         return digest.hexdigest()
 
-    def _names_in(self, file_name: str) -> list[str]:
-        if file_name.endswith(".bin"):
-            return list(self._bin_tensors(file_name))
-        with self._open(file_name) as file:
-            return list(file.keys())
-
-    def _open(self, file_name: str) -> Any:
+    def _open(self, file_name: str) -> WeightFile:
+        kind = BinFile if file_name.endswith(".bin") else SafetensorsFile
         try:
-            return safe_open(self.folder / file_name, framework="pt")
-        except (SafetensorError, OSError) as error:
+            file = self._files[file_name] = kind(self.folder / file_name)
+        except UnreadableFileError as error:
             raise self._unreadable(file_name, error) from error
+        return file
 
-    def _bin_tensors(self, file_name: str) -> dict[str, Tensor]:
-        if file_name not in self._bin_files:
-            try:
-                content = torch.load(self.folder / file_name, map_location="cpu", mmap=True, weights_only=True)
-            except Exception as error:  # torch.load raises whatever its unpickler meets
-                raise self._unreadable(file_name, error) from error
-            self._bin_files[file_name] = {k: v for k, v in content.items() if isinstance(v, Tensor)}
-        return self._bin_files[file_name]
-
-    def _check_index(self, file_name: str) -> dict[str, str]:
-        weight_map = _read_index(self.folder / file_name)
-        missing = sorted({name for name in weight_map.values() if not (self.folder / name).is_file()})
+    def _check_index(self, index_name: str) -> dict[str, str]:
+        weight_map = _read_index(self.folder / index_name)
+        file_names = sorted(set(weight_map.values()))
+        # A name with a folder in it is no file of this checkpoint.
+        missing = [name for name in file_names if Path(name).name != name or not (self.folder / name).is_file()]
         if missing:
             raise UserError(
-                f"model.name_or_path: {self.folder / file_name} names {len(missing)} missing file(s): "
+                f"model.name_or_path: {self.folder / index_name} names {len(missing)} missing file(s): "
                 f"{', '.join(missing[:3])}. Get the checkpoint again, complete."
+            )
+        for name in file_names:
+            self._open(name)
+        absent = [name for name, file_name in weight_map.items() if name not in self._files[file_name].tensors]
+        if absent:
+            raise UserError(
+                f"model.name_or_path: {self.folder / weight_map[absent[0]]} has no tensor {absent[0]!r}, which "
+                f"{index_name} says ({len(absent)} in all). Index and files are of different checkpoints: get them "
+                "again."
             )
         return weight_map
 
     def _unreadable(self, file_name: str, error: Exception) -> UserError:
-        first_line = str(error).strip().partition("\n")[0]
         return UserError(
-            f"model.name_or_path: {self.folder / file_name} cannot be read ({first_line}); it is truncated or damaged. "
+            f"model.name_or_path: {self.folder / file_name} cannot be read ({error}); it is truncated or damaged. "
             "Get the file again."
         )
 

@@ -43,6 +43,7 @@ from sparse_ds.monitor.report import run_table
 from sparse_ds.monitor.summary import RunSummary
 from sparse_ds.optim.sm3 import SparseSM3
 from sparse_ds.optim.sparse_adamw import SparseAdamW
+from sparse_ds.training.base_guard import BaseGuard
 from sparse_ds.training.callbacks import (
     EpochOrder,
     MergeAccumulators,
@@ -152,7 +153,13 @@ class _Training:
             )
             sampler = GlobalOrderSampler(len(self.data.train), plan.global_batch_size, config.train.seed)
             classification = self._plan_classification()
-        self.prepared: PreparedModel = prepare_model(config, checkpoint, self.device, classification)
+        self.prepared: PreparedModel = prepare_model(
+            config,
+            checkpoint,
+            self.device,
+            classification,
+            show_progress=self.is_main and config.monitor.progress_bar,
+        )
         identity = run_identity(config, checkpoint, self.prepared)
         self.resumed = self._find_resumed(identity, len(sampler) // plan.global_batch_size)
         with process_group.agreement("making the output folder"):
@@ -163,6 +170,7 @@ class _Training:
                     drop_records_after(self.output.metrics, self.resumed.index.step)
                     remove_checkpoints_after(self.output.path, self.resumed.index.step)
         self.log = MetricsLog(self.output.metrics, enabled=self.is_main)
+        self._log_load(checkpoint)
         self.trainer = self._make_trainer(sampler)
         self.checkpoints = RunCheckpoints(config, identity, self.output.path, self.trainer, self.prepared, self.device)
         self._say_start(plan)
@@ -180,6 +188,29 @@ class _Training:
         word_ids = None if words is None else find_label_word_ids(self.tokenizer, words, labels)
         return Classification(labels, self.data.collator.pad_token_id, word_ids)
 
+    def _log_load(self, checkpoint: BaseCheckpoint) -> None:
+        """Collectives: one gather of a small record."""
+        loaded = self.prepared.loaded
+        ranks = process_group.gather_records(
+            {"wall_s": loaded.wall_s, "bytes_read": loaded.bytes_read, **memory_gib(self.device)}
+        )
+        self.log.write(
+            "load",
+            {
+                "step": 0,
+                "tensors": loaded.num_tensors,
+                "bytes": checkpoint.size_bytes,
+                "ranks": [{"rank": index, **record} for index, record in enumerate(ranks)],
+            },
+        )
+        logger.info(
+            "base model loaded in %.1f s: %.2f GiB of %.2f GiB read by rank 0, peak memory %.2f GiB",
+            loaded.wall_s,
+            loaded.bytes_read / 2**30,
+            checkpoint.size_bytes / 2**30,
+            max(record["peak_memory_gib"] for record in ranks),
+        )
+
     def _make_trainer(self, sampler: GlobalOrderSampler) -> SparseTrainer:
         config = self.config
         trained = [p for p in self.prepared.model.parameters() if p.requires_grad]
@@ -196,7 +227,7 @@ class _Training:
             data_collator=self.data.collator,
             train_dataset=self.data.train,
             eval_dataset=self.data.eval,
-            callbacks=[EpochOrder(sampler), OnTrainBegin(self._bind)],
+            callbacks=[EpochOrder(sampler), BaseGuard(self.prepared.frozen_parameters), OnTrainBegin(self._bind)],
             compute_loss_func=None if self.prepared.classification is None else classification_loss,
         )
         trainer.remove_callback(PrinterCallback)
