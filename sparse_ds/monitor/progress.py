@@ -11,14 +11,13 @@ class ProgressBytes:
     """Context with a progress bar.
 
     Args:
+        what: the words before the bar.
         num_bytes: of the whole work.
         enabled: False shows nothing (all ranks but one).
     """
 
-    def __init__(self, num_bytes: int, *, enabled: bool) -> None:
-        self._bar = tqdm(
-            total=num_bytes, unit="B", unit_scale=True, desc="loading the base model", disable=not enabled, leave=False
-        )
+    def __init__(self, what: str, num_bytes: int, *, enabled: bool) -> None:
+        self._bar = tqdm(total=num_bytes, unit="B", unit_scale=True, desc=what, disable=not enabled, leave=False)
 
     def add(self, num_bytes: int) -> None:
         """So many more are done."""

@@ -140,7 +140,7 @@ def prepare_model(
         )
     tensors = [replace(tensor, parameters=made.pop(tensor.name)) for tensor in tensors]
     assert not made, f"parameters that nothing fills: {list(made)}"
-    with ProgressBytes(num_bytes, enabled=show_progress) as progress:
+    with ProgressBytes("loading the base model", num_bytes, enabled=show_progress) as progress:
         loaded = load_base(checkpoint, tensors, device, tied_copies=tied_copies, on_bytes=progress.add)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, SparseLayer)}
     num_sparse = sum(layer.num_active for layer in layers.values())
