@@ -6,6 +6,7 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import deepspeed
 import deepspeed.comm as dist
@@ -13,6 +14,8 @@ import torch
 import torch.distributed
 
 from sparse_ds.config.errors import UserError
+
+T = TypeVar("T")
 
 SHARED_MEMORY_OP = "deepspeed_shm_comm"
 """DeepSpeed's name (`ShareMemCommBuilder.NAME`) of its own collectives for ranks on one machine's CPU."""
@@ -54,6 +57,17 @@ def rank() -> int:
 def world_size() -> int:
     """Number of ranks; 1 without a process group."""
     return int(torch.distributed.get_world_size()) if torch.distributed.is_initialized() else 1
+
+
+def gather(value: T) -> list[T]:
+    """What every rank gave, in the order of ranks.
+
+    Collectives: one gather of small pickled objects; every rank must call it.
+    """
+    values = [value] * world_size()
+    if torch.distributed.is_initialized():
+        torch.distributed.all_gather_object(values, value)
+    return values
 
 
 @contextmanager

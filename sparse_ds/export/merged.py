@@ -37,7 +37,8 @@ from sparse_ds.export.classifier import classifier_config
 from sparse_ds.export.model_card import merged_model_card
 from sparse_ds.kernels.apply_deltas import apply_deltas_, hidden_counts
 from sparse_ds.kernels.nf4 import dequantize_nf4, quantize_nf4
-from sparse_ds.model.base_checkpoint import BaseCheckpoint, find_base_model
+from sparse_ds.model.base_checkpoint import BaseCheckpoint
+from sparse_ds.model.find_base_model import find_base_model
 
 
 @dataclass(frozen=True)

@@ -160,6 +160,20 @@ def unknown_architecture(folder: Path) -> list[str]:
     return ["model.name_or_path=model"]
 
 
+def remote_model(folder: Path) -> list[str]:
+    copy_model(folder, model_type="own", auto_map={"AutoConfig": "configuration_own.OwnConfig"})
+    (folder / "model" / "configuration_own.py").write_text("raise SystemExit('ran')")
+    return ["model.name_or_path=model"]
+
+
+def remote_tokenizer(folder: Path) -> list[str]:
+    path = copy_model(folder) / "tokenizer_config.json"
+    remote = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["tokenization_own.Own", None]}}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **remote}))
+    (folder / "model" / "tokenization_own.py").write_text("raise SystemExit('ran')")
+    return ["model.name_or_path=model"]
+
+
 def already_quantized(folder: Path) -> list[str]:
     copy_model(folder, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
     return ["model.name_or_path=model"]
@@ -192,6 +206,11 @@ MODELS: dict[str, tuple[Prepare, str]] = {
     "integer weight": (integer_weight, rf"tensor '{re.escape(QUERY)}' is torch\.int8, expected a floating-point"),
     "another architecture": (unsupported_architecture, r"model is a 'gpt_neox' model; expected one of llama, mistral"),
     "unknown architecture": (unknown_architecture, r"model is a 'lama' model; expected one of llama, mistral"),
+    "remote code": (remote_model, r"is a 'own' model that needs code of its repository, and remote code is never exec"),
+    "remote tokenizer": (
+        remote_tokenizer,
+        r"model has no tokenizer that can be loaded .*, and remote code is never exec",
+    ),
     "already quantized": (already_quantized, r"model is already quantized .* give the 16-bit checkpoint and set model"),
 }
 

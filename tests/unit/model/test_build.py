@@ -182,6 +182,10 @@ def test_a_missing_bias_of_a_target_is_refused(make_checkpoint: MakeCheckpoint, 
         ({"model_type": "gpt2"}, "is a 'gpt2' model; expected one of llama, mistral"),
         ({"model_type": None}, "is a None model; expected one of llama, mistral"),
         (
+            {"model_type": "own", "auto_map": {"AutoConfig": "configuration_own.OwnConfig"}},
+            "is a 'own' model that needs code of its repository, and remote code is never executed; expected one of",
+        ),
+        (
             {"quantization_config": {"quant_method": "bitsandbytes"}},
             "is already quantized .* give the 16-bit checkpoint",
         ),
