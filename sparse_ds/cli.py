@@ -81,7 +81,7 @@ def _add_quantize_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _quantize(arguments: argparse.Namespace) -> int:
-    _set_up_logging(0)
+    _set_up_logging(rank=0, local_rank=0)
     try:
         device = _choose_device(arguments.device, forced_cpu=False)
         from sparse_ds.export.quantized import write_nf4_checkpoint
@@ -138,7 +138,7 @@ def _carry_out(config: RunConfig) -> None:
     check_accelerate_settings(config, os.environ, launch.world_size)
     clear_accelerate_settings(os.environ)
     config.batch_plan(launch.world_size)
-    _set_up_logging(launch.rank)
+    _set_up_logging(launch.rank, launch.local_rank)
     device_type = _choose_device(config.train.device, forced_cpu)
     if device_type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
@@ -175,13 +175,16 @@ def _choose_device(wanted: str, forced_cpu: bool) -> str:
     return wanted
 
 
-def _set_up_logging(rank: int) -> None:
+def _set_up_logging(rank: int, local_rank: int) -> None:
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
     ours = logging.getLogger("sparse_ds")
     ours.handlers = [handler]
     ours.propagate = False
     ours.setLevel(logging.INFO if rank == 0 else logging.ERROR)
+    # Every machine downloads the base model, and says so once.
+    download = logging.getLogger("sparse_ds.model.find_base_model")
+    download.setLevel(logging.INFO if local_rank == 0 else logging.ERROR)
     # DeepSpeed calls collectives by names that torch has begun to rename.
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*torch.distributed.*is deprecated")
     # Libraries speak only when something is wrong. accelerate's warnings are about settings that the run

@@ -6,7 +6,7 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TypeVar
 
 import deepspeed
 import deepspeed.comm as dist
@@ -14,6 +14,8 @@ import torch
 import torch.distributed
 
 from sparse_ds.config.errors import UserError
+
+T = TypeVar("T")
 
 SHARED_MEMORY_OP = "deepspeed_shm_comm"
 """DeepSpeed's name (`ShareMemCommBuilder.NAME`) of its own collectives for ranks on one machine's CPU."""
@@ -57,15 +59,15 @@ def world_size() -> int:
     return int(torch.distributed.get_world_size()) if torch.distributed.is_initialized() else 1
 
 
-def gather_records(record: dict[str, Any]) -> list[dict[str, Any]]:
-    """The small record of every rank, in the order of the ranks.
+def gather(value: T) -> list[T]:
+    """What every rank gave, in the order of ranks.
 
-    Collectives: one gather; every rank must call it.
+    Collectives: one gather of small pickled objects; every rank must call it.
     """
-    records: list[dict[str, Any]] = [record] * world_size()
+    values = [value] * world_size()
     if torch.distributed.is_initialized():
-        torch.distributed.all_gather_object(records, record)
-    return records
+        torch.distributed.all_gather_object(values, value)
+    return values
 
 
 @contextmanager

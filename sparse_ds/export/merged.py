@@ -35,8 +35,9 @@ from sparse_ds.export.checkpoint_writer import DTYPES, WrittenCheckpoint, write_
 from sparse_ds.export.classifier import classifier_config
 from sparse_ds.export.model_card import merged_model_card
 from sparse_ds.kernels.apply_deltas import apply_deltas_, hidden_counts
-from sparse_ds.model.base_checkpoint import BaseCheckpoint, find_base_model
+from sparse_ds.model.base_checkpoint import BaseCheckpoint
 from sparse_ds.model.build import read_architecture
+from sparse_ds.model.find_base_model import find_base_model
 from sparse_ds.model.frozen_weight import read_frozen
 
 

@@ -17,10 +17,11 @@ from torch import Tensor
 from sparse_ds.config.errors import UserError
 from sparse_ds.export.checkpoint_writer import DTYPES, WrittenCheckpoint, write_checkpoint
 from sparse_ds.kernels.nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE, nf4_code, nf4_sizes, quantize_nf4, scale_code
-from sparse_ds.model.base_checkpoint import BaseCheckpoint, find_base_model
+from sparse_ds.model.base_checkpoint import BaseCheckpoint
 from sparse_ds.model.base_tensors import BaseSettings, check_base, list_base_tensors
 from sparse_ds.model.build import empty_model
 from sparse_ds.model.filling import BaseTensor
+from sparse_ds.model.find_base_model import find_base_model
 from sparse_ds.model.frozen_weight import read_frozen
 from sparse_ds.model.stored_nf4 import STATE, is_bitsandbytes_nf4
 from sparse_ds.model.targets import ALL_LINEAR, find_targets

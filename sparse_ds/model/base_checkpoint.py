@@ -6,7 +6,6 @@ as a fallback, memory-mapped.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import logging
@@ -16,7 +15,6 @@ from typing import Any
 from torch import Tensor
 
 from sparse_ds.config.errors import UserError
-from sparse_ds.embedded import resolve_model
 from sparse_ds.model.weight_files import BinFile, SafetensorsFile, StoredTensor, UnreadableFileError, WeightFile
 
 logger = logging.getLogger(__name__)
@@ -34,55 +32,6 @@ TOKENIZER_FILES = (
 SAFETENSORS, BIN = "model.safetensors", "pytorch_model.bin"
 
 
-def find_base_model(name_or_path: str, revision: str | None = None) -> Path:
-    """Folder with the files of a base model.
-
-    Args:
-        name_or_path: "embedded", a local folder, or a hub name "owner/name" (downloaded once per machine: concurrent
-            callers wait for each other on huggingface_hub's file locks).
-        revision: branch, tag or commit of a hub name.
-
-    Raises:
-        UserError: nothing of that name.
-    """
-    local = Path(resolve_model(name_or_path)).expanduser()
-    if local.is_dir():
-        return local
-    is_hub_name = name_or_path.count("/") == 1 and not name_or_path.startswith((".", "/", "~")) and not local.exists()
-    if is_hub_name:
-        return _download(name_or_path, revision)
-    parent = local.parent if local.parent.is_dir() else Path()
-    near = difflib.get_close_matches(local.name, [path.name for path in parent.iterdir() if path.is_dir()], n=1)
-    hint = f" Did you mean {parent / near[0]}?" if near else ""
-    raise UserError(
-        f"model.name_or_path: got {name_or_path!r}, which is no folder (looked in {Path.cwd()}); expected `embedded`, "
-        f"a local folder with config.json and *.safetensors, or a hub name like owner/name.{hint}"
-    )
-
-
-def _download(name: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    def fetch(patterns: list[str]) -> Path:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
-
-    try:
-        folder = fetch(["*.json", *TOKENIZER_FILES])
-        # Repositories may hold the same weights in several forms (Mistral: consolidated.safetensors): take one.
-        for weights in (SAFETENSORS, BIN):
-            if (folder / f"{weights}.index.json").is_file():
-                return fetch(sorted(set(_read_index(folder / f"{weights}.index.json").values())))
-        folder = fetch([SAFETENSORS])
-        return folder if (folder / SAFETENSORS).is_file() else fetch([BIN])
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        first_line = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise UserError(
-            f"model.name_or_path: {name!r} is no local folder and could not be had from the hub ({first_line}). "
-            "Check the name, log in with `hf auth login` for a gated model, or give the path of a local copy."
-        ) from error
-
-
 class BaseCheckpoint:
     """Reads the weights of a base model from a local folder.
 
@@ -95,7 +44,7 @@ class BaseCheckpoint:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.config = _read_json(folder / "config.json")
+        self.config = read_json(folder / "config.json")
         self.bytes_read = 0
         """Bytes of tensors that were read so far (headers excluded)."""
         self._files: dict[str, WeightFile] = {}
@@ -177,7 +126,7 @@ class BaseCheckpoint:
         return file
 
     def _check_index(self, index_name: str) -> dict[str, str]:
-        weight_map = _read_index(self.folder / index_name)
+        weight_map = read_index(self.folder / index_name)
         file_names = sorted(set(weight_map.values()))
         # A name with a folder in it is no file of this checkpoint.
         missing = [name for name in file_names if Path(name).name != name or not (self.folder / name).is_file()]
@@ -204,14 +153,20 @@ class BaseCheckpoint:
         )
 
 
-def _read_index(path: Path) -> dict[str, str]:
-    weight_map = _read_json(path).get("weight_map")
+def read_index(path: Path) -> dict[str, str]:
+    """Name of a tensor -> file that holds it, from an .index.json."""
+    weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"model.name_or_path: {path} has no `weight_map`; get the file again.")
     return dict(weight_map)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of a checkpoint.
+
+    Raises:
+        UserError: no such file, or not a JSON object.
+    """
     if not path.is_file():
         raise UserError(
             f"model.name_or_path: {path.parent} has no {path.name}; expected the folder of a transformers checkpoint."

@@ -12,6 +12,8 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -62,6 +64,19 @@ class SparseSettings:
     """Entries of the weights of all norms train too."""
 
 
+def check_model_type(config: Mapping[str, Any], folder: Path) -> None:
+    """Raises UserError: the architecture that config.json names is not supported."""
+    model_type = config.get("model_type")
+    if model_type in SUPPORTED_MODEL_TYPES:
+        return
+    # `auto_map` names Python files of the repository.
+    remote = " that needs code of its repository, and remote code is never executed" if "auto_map" in config else ""
+    raise UserError(
+        f"model.name_or_path: {folder} is a {model_type!r} model{remote}; expected one of "
+        f"{', '.join(SUPPORTED_MODEL_TYPES)}."
+    )
+
+
 def read_architecture(checkpoint: BaseCheckpoint) -> PretrainedConfig:
     """What config.json says of the model.
 
@@ -69,12 +84,7 @@ def read_architecture(checkpoint: BaseCheckpoint) -> PretrainedConfig:
         UserError: an architecture that is not supported, a quantization other than NF4, or a value that transformers
             refuses.
     """
-    model_type = checkpoint.config.get("model_type")
-    if model_type not in SUPPORTED_MODEL_TYPES:
-        raise UserError(
-            f"model.name_or_path: {checkpoint.folder} is a {model_type!r} model; expected one of "
-            f"{', '.join(SUPPORTED_MODEL_TYPES)}."
-        )
+    check_model_type(checkpoint.config, checkpoint.folder)
     quantization = checkpoint.config.get("quantization_config")
     if quantization is not None and not is_bitsandbytes_nf4(quantization):
         raise UserError(

@@ -33,9 +33,10 @@ from sparse_ds.drop_grow.estimation import EstimationPhase
 from sparse_ds.drop_grow.event import EventRecord
 from sparse_ds.drop_grow.weight_states import WeightStates
 from sparse_ds.export.merged import merge_adapter
-from sparse_ds.model.base_checkpoint import BaseCheckpoint, find_base_model
+from sparse_ds.model.base_checkpoint import BaseCheckpoint
 from sparse_ds.model.build import read_architecture
 from sparse_ds.model.classification_head import Classification, find_label_word_ids
+from sparse_ds.model.find_base_model import find_base_model, require_same_base
 from sparse_ds.model.tokenizer import load_tokenizer
 from sparse_ds.monitor.memory import memory_gib
 from sparse_ds.monitor.metrics_log import MetricsLog, drop_records_after
@@ -143,6 +144,7 @@ class _Training:
             plan = config.batch_plan(self.launch.world_size)
             checkpoint = BaseCheckpoint(self.base_folder)
             read_architecture(checkpoint)
+            fingerprint = checkpoint.fingerprint()
             self.tokenizer = load_tokenizer(self.base_folder)
             self.data: DataBundle = build_datasets(
                 config.data,
@@ -153,6 +155,7 @@ class _Training:
             )
             sampler = GlobalOrderSampler(len(self.data.train), plan.global_batch_size, config.train.seed)
             classification = self._plan_classification()
+        require_same_base(self.base_folder, fingerprint)
         self.prepared: PreparedModel = prepare_model(
             config,
             checkpoint,
@@ -191,7 +194,7 @@ class _Training:
     def _log_load(self, checkpoint: BaseCheckpoint) -> None:
         """Collectives: one gather of a small record."""
         loaded = self.prepared.loaded
-        ranks = process_group.gather_records(
+        ranks = process_group.gather(
             {"wall_s": loaded.wall_s, "bytes_read": loaded.bytes_read, **memory_gib(self.device)}
         )
         self.log.write(

@@ -170,6 +170,20 @@ def one_tensor_too_many(folder: Path) -> list[str]:
     return ["model.name_or_path=model"]
 
 
+def remote_model(folder: Path) -> list[str]:
+    copy_model(folder, model_type="own", auto_map={"AutoConfig": "configuration_own.OwnConfig"})
+    (folder / "model" / "configuration_own.py").write_text("raise SystemExit('ran')")
+    return ["model.name_or_path=model"]
+
+
+def remote_tokenizer(folder: Path) -> list[str]:
+    path = copy_model(folder) / "tokenizer_config.json"
+    remote = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["tokenization_own.Own", None]}}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **remote}))
+    (folder / "model" / "tokenization_own.py").write_text("raise SystemExit('ran')")
+    return ["model.name_or_path=model"]
+
+
 MODELS: dict[str, tuple[Prepare, str]] = {
     "no such model": (
         no_such_model,
@@ -207,6 +221,11 @@ MODELS: dict[str, tuple[Prepare, str]] = {
     "one tensor too many": (
         one_tensor_too_many,
         r"model holds 1 tensor\(s\) that the architecture .* does not have: value_head\.weight.*model\.unused_tensors",
+    ),
+    "remote code": (remote_model, r"is a 'own' model that needs code of its repository, and remote code is never exec"),
+    "remote tokenizer": (
+        remote_tokenizer,
+        r"model has no tokenizer that can be loaded .*, and remote code is never exec",
     ),
 }
 

@@ -11,7 +11,7 @@ from checkpoint_doubles import MakeCheckpoint
 from safetensors.torch import load_file
 
 from sparse_ds.config.errors import UserError
-from sparse_ds.model.base_checkpoint import BaseCheckpoint, find_base_model
+from sparse_ds.model.base_checkpoint import BaseCheckpoint
 
 NAME = "model.layers.0.mlp.up_proj.weight"
 
@@ -161,31 +161,3 @@ def test_a_bin_file_that_would_run_code_is_not_loaded(make_checkpoint: MakeCheck
     with pytest.raises(UserError, match="cannot be read"):
         BaseCheckpoint(folder)
     assert not (tmp_path / "ran").exists()
-
-
-def test_finding_a_base_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "llama").mkdir()
-    assert find_base_model(str(tmp_path / "llama")) == tmp_path / "llama"
-    assert (find_base_model("embedded") / "config.json").is_file()
-    monkeypatch.chdir(tmp_path)
-    assert find_base_model("llama") == Path("llama")
-    with pytest.raises(UserError, match=r"model.name_or_path: got 'lama', which is no folder .* Did you mean llama\?"):
-        find_base_model("lama")
-    with pytest.raises(UserError, match=r"got '.*/lama', which is no folder .* Did you mean .*/llama\?"):
-        find_base_model(str(tmp_path / "lama"))
-    with pytest.raises(UserError, match=r"there is no embedded model 'embedded:other'"):
-        find_base_model("embedded:other")
-
-
-def test_a_hub_name_without_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
-    import huggingface_hub
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    def offline(*args: object, **kwargs: object) -> str:
-        raise LocalEntryNotFoundError("no connection\nmore")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
-    with pytest.raises(
-        UserError, match=r"'owner/name' is no local folder and could not be had from the hub \(no connection\)"
-    ):
-        find_base_model("owner/name")
