@@ -291,6 +291,8 @@ def _ask(request: dict[str, Any], local_rank: int, log: Path) -> None:
     unfinished = log.with_suffix(".part")
     unfinished.write_text(json.dumps(answer))
     unfinished.rename(log.with_suffix(".json"))
+    # As the ranks of a run, none ends before all have their answer: nothing is given back by the end of a process.
+    wait_for(lambda: all(Path(other).with_suffix(".json").exists() for other in request["logs"]))
     os._exit(0)
 
 
