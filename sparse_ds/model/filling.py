@@ -82,7 +82,7 @@ class Filling(ABC):
         checkpoint: to read from.
         tensor: what to fill.
         rank, world_size: whose partition.
-        device: where to quantize.
+        device: where to cast and quantize.
     """
 
     def __init__(
@@ -129,7 +129,7 @@ class DenseFromDense(Filling):
 
     def take(self, ranges: list[Range], elements: list[Tensor]) -> None:
         start, _ = self.owned(self.tensor.num_elements)
-        cast = elements[0].to(self.tensor.dtype)
+        cast = elements[0].to(self.device).to(self.tensor.dtype)
         self.check_finite(cast, self.tensor.name)
         self.local("weight")[ranges[0].start - start : ranges[0].stop - start].copy_(cast)
 

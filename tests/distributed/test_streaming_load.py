@@ -133,6 +133,7 @@ def check_bit_identity(folder: Path) -> None:
         for double_quantization in (False, True):
             load(folder / "dense", full, dtype, double_quantization, as_nf4=True)
         load(folder / "dense", full, dtype, False, as_nf4=False)
+    load(folder / "bin", full, torch.bfloat16, True, as_nf4=True)
 
 
 def check_stored_nf4(folder: Path) -> None:
@@ -199,6 +200,9 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("checkpoints")
     full = full_tensors()
     write_checkpoint(folder / "dense", full)
+    (folder / "bin").mkdir()
+    (folder / "bin" / "config.json").write_text("{}")
+    torch.save(full, folder / "bin" / "pytorch_model.bin")
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     for double_quantization in (False, True):
