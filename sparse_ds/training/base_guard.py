@@ -22,8 +22,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from sparse_ds.distributed.process_group import agreement
 from sparse_ds.distributed.zero3_partitions import local_partition
 
-CHUNK_BYTES = 2**24
-"""A checksum needs sixteen times as much transient memory (an int64 per 4 bytes, and a product of it)."""
+CHUNK_BYTES = 2**22
+"""A checksum needs about six times as much transient memory (int64 words, factors and products)."""
 
 
 def checksum(tensor: Tensor) -> int:
