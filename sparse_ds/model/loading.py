@@ -4,7 +4,7 @@
     chunks     of a group, one after another; the next one is read by a thread while this one is quantized
     agreement  after each group: a rank that meets a damaged file stops all ranks there, not at the end
 
-Memory: the partitions, two chunks and their copies (a few MiB on a CPU, below 300 MiB on a GPU).
+Memory: the partitions, and two chunks with what quantizing them needs (some MiB on a CPU, below 500 MiB on a GPU).
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from sparse_ds.model.base_checkpoint import BaseCheckpoint
 from sparse_ds.model.filling import BaseTensor, Filling, Range, SameAsDense, make_filling
 
 GROUP_BYTES = 2**30
-CHUNK_WEIGHTS = {"cpu": 2**20, "cuda": 2**24}
-"""Weights of one chunk. On a CPU bitsandbytes' intermediate results then stay near the caches; a GPU wants more."""
+CHUNK_WEIGHTS = {"cpu": 2**18, "cuda": 2**24}
+"""Weights of one chunk. On a CPU bitsandbytes makes 16 bytes of intermediate results a weight; a GPU wants more at once."""
 
 
 @dataclass(frozen=True)
