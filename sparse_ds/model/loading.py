@@ -23,7 +23,7 @@ from sparse_ds.model.filling import BaseTensor, Filling, Range, SameAsDense, mak
 
 GROUP_BYTES = 2**30
 CHUNK_WEIGHTS = {"cpu": 2**18, "cuda": 2**24}
-"""Weights of one chunk. On a CPU bitsandbytes makes 16 bytes of intermediate results a weight; a GPU wants more at once."""
+"""Weights of one chunk. On a CPU bitsandbytes makes 16 bytes of intermediate results a weight; a GPU wants more."""
 
 
 @dataclass(frozen=True)
