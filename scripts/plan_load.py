@@ -20,7 +20,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from bench_load import LlamaShape, write_llama
+from llama_on_disk import LlamaShape, write_llama
 from transformers import PreTrainedModel
 
 from sparse_ds.kernels.nf4 import nf4_sizes

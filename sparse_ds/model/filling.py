@@ -220,8 +220,8 @@ class NF4FromDense(Filling):
         return scales
 
 
-class NF4FromNF4(Filling):
-    """Own bytes."""
+class _FromNF4(Filling):
+    """Args: as `Filling`; `stored`: what the checkpoint says of the matrix."""
 
     def __init__(
         self,
@@ -234,6 +234,21 @@ class NF4FromNF4(Filling):
     ) -> None:
         super().__init__(checkpoint, tensor, rank, world_size, device)
         self._stored = stored
+
+
+class NF4FromNF4(_FromNF4):
+    """Own bytes."""
+
+    def __init__(
+        self,
+        checkpoint: BaseCheckpoint,
+        tensor: BaseTensor,
+        rank: int,
+        world_size: int,
+        device: torch.device,
+        stored: StoredNF4,
+    ) -> None:
+        super().__init__(checkpoint, tensor, rank, world_size, device, stored)
         sizes = nf4_sizes(tensor.num_elements)
         self._owned = {"packed": self.owned(sizes.packed), "absmax": self.owned(sizes.absmax)}
         self._role_of = {stored.name: "packed", stored.absmax: "absmax"}
@@ -268,20 +283,8 @@ class NF4FromNF4(Filling):
             _copy_owned(offset, where, self.local("nested_statistics"), self._owned["nested_statistics"][0])
 
 
-class DenseFromNF4(Filling):
+class DenseFromNF4(_FromNF4):
     """Own blocks (in whole groups of 256, which have one second-level scale), dequantized."""
-
-    def __init__(
-        self,
-        checkpoint: BaseCheckpoint,
-        tensor: BaseTensor,
-        rank: int,
-        world_size: int,
-        device: torch.device,
-        stored: StoredNF4,
-    ) -> None:
-        super().__init__(checkpoint, tensor, rank, world_size, device)
-        self._stored = stored
 
     def reads(self, chunk_weights: int) -> Iterator[list[Range]]:
         group = BLOCK_SIZE * NESTED_BLOCK_SIZE
