@@ -19,7 +19,7 @@ from typing import Any, Literal, get_args
 
 from sparse_ds.config.errors import UserError
 
-Kind = Literal["step", "eval", "event", "summary"]
+Kind = Literal["step", "eval", "event", "skipped", "summary"]
 
 
 class MetricsLog:

@@ -24,10 +24,12 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from sparse_ds.checkpoint.folder import Checkpoint, check_identity, find_checkpoint, remove_checkpoints_after
 from sparse_ds.config import RunConfig, UserError
+from sparse_ds.config.errors import STOPPED_EXIT_CODE, RunStoppedError
 from sparse_ds.config.methods import all_methods
 from sparse_ds.data import DataBundle, SamplePrompt, build_datasets
 from sparse_ds.distributed import process_group
 from sparse_ds.distributed.launch_environment import LaunchEnvironment
+from sparse_ds.distributed.watchdog import Watchdog
 from sparse_ds.distributed.zero3_partitions import MasterWeights, all_reduce_max_, full_size
 from sparse_ds.drop_grow.estimation import EstimationPhase
 from sparse_ds.drop_grow.event import EventRecord
@@ -46,12 +48,14 @@ from sparse_ds.optim.sparse_adamw import SparseAdamW
 from sparse_ds.training.callbacks import (
     EpochOrder,
     MergeAccumulators,
+    NotePosition,
     OnTrainBegin,
     ProgressBar,
     RunEvents,
     WriteMetrics,
 )
 from sparse_ds.training.checkpointing import RunCheckpoints, run_identity
+from sparse_ds.training.early_stopping import EarlyStopping
 from sparse_ds.training.evaluation import sample_answer
 from sparse_ds.training.global_order import GlobalOrderSampler
 from sparse_ds.training.output_folder import OutputFolder
@@ -66,6 +70,8 @@ from sparse_ds.training.setup import (
     make_training_arguments,
     prepare_model,
 )
+from sparse_ds.training.skipped_steps import SkippedSteps, samples_of_step
+from sparse_ds.training.stop_signals import StopSignals, StopTogether
 from sparse_ds.training.trainer import SparseTrainer, classification_loss
 
 logger = logging.getLogger("sparse_ds")
@@ -81,17 +87,29 @@ def run(config: RunConfig, launch: LaunchEnvironment, device_type: str) -> None:
 
     Raises:
         UserError: anything wrong with what the user gave, before training starts.
+        RunStoppedError: the run was asked to stop, or cannot go on; all ranks raise it together.
     """
     output = OutputFolder(config.train.output_dir)
     output.check(overwrite=config.train.overwrite, resume=config.checkpoint.resume)
     base_folder = find_base_model(config.model.name_or_path, config.model.revision)
     transformers.utils.logging.set_verbosity_error()
-    process_group.start(device_type)
+    process_group.start(device_type, config.train.stall_timeout_s)
     device = torch.device("cuda", launch.local_rank) if device_type == "cuda" else torch.device("cpu")
     if device_type == "cpu":
         _share_cores(config)
-    summary = _Training(config, launch, output, base_folder, device).carry_out()
-    process_group.stop()
+    watchdog = Watchdog(launch.rank, launch.world_size, config.train.stall_timeout_s)
+    watchdog.start()
+    with StopSignals(launch.rank, launch.launcher) as signals:
+        try:
+            summary = _Training(config, launch, output, base_folder, device, watchdog, signals).carry_out()
+        except (UserError, RunStoppedError):
+            # All ranks have raised it together.
+            watchdog.stop()
+            raise
+        except Exception as error:
+            watchdog.fail(error)
+            raise
+        process_group.stop(watchdog.stop)
     # Trainer left a global mark that makes transformers build every later model under ZeRO-3.
     unset_hf_deepspeed_config()
     if launch.rank == 0:
@@ -124,9 +142,15 @@ class _Training:
         output: OutputFolder,
         base_folder: Path,
         device: torch.device,
+        watchdog: Watchdog,
+        signals: StopSignals,
     ) -> None:
         self.config, self.launch, self.output = config, launch, output
         self.base_folder, self.device = base_folder, device
+        self.watchdog = watchdog
+        self.stop = StopTogether(signals, device)
+        patience = config.train.early_stopping_patience
+        self.early_stopping = None if patience is None else EarlyStopping(patience, device)
         self.is_main = launch.rank == 0
         self.index_hash: str | None = None
         self.answers = _Answers()
@@ -150,7 +174,7 @@ class _Training:
                 num_sample_prompts=config.monitor.num_sample_prompts,
                 show_progress=self.is_main,
             )
-            sampler = GlobalOrderSampler(len(self.data.train), plan.global_batch_size, config.train.seed)
+            sampler = self.sampler = GlobalOrderSampler(len(self.data.train), plan.global_batch_size, config.train.seed)
             classification = self._plan_classification()
         self.prepared: PreparedModel = prepare_model(config, checkpoint, self.device, classification)
         identity = run_identity(config, checkpoint, self.prepared)
@@ -167,6 +191,13 @@ class _Training:
         self.checkpoints = RunCheckpoints(config, identity, self.output.path, self.trainer, self.prepared, self.device)
         self._say_start(plan)
         self.trainer.train(resume_from_checkpoint=None if self.resumed is None else str(self.resumed.folder))
+        if self.stop.is_stopping:
+            self.log.close()
+            raise RunStoppedError(
+                f"stopped by {self.stop.reason} after step {self.trainer.state.global_step}; go on with "
+                "`--resume auto`",
+                STOPPED_EXIT_CODE,
+            )
         summary = self._summarize()
         self._save()
         self.log.close()
@@ -196,12 +227,21 @@ class _Training:
             data_collator=self.data.collator,
             train_dataset=self.data.train,
             eval_dataset=self.data.eval,
-            callbacks=[EpochOrder(sampler), OnTrainBegin(self._bind)],
+            callbacks=[EpochOrder(sampler), NotePosition(self.watchdog), OnTrainBegin(self._bind)],
             compute_loss_func=None if self.prepared.classification is None else classification_loss,
         )
         trainer.remove_callback(PrinterCallback)
         self.metrics = WriteMetrics(trainer, self.log)
         trainer.add_callback(self.metrics)
+        self.skipped = SkippedSteps(
+            trainer,
+            self.log,
+            self._rows_of_step,
+            config.train.max_skipped_steps,
+        )
+        for callback in (self.skipped, self.stop, self.early_stopping):
+            if callback is not None:
+                trainer.add_callback(callback)
         if config.monitor.progress_bar:
             trainer.add_callback(ProgressBar())
         return trainer
@@ -278,12 +318,24 @@ class _Training:
         self.accuracy_before = state["accuracy_before"]
         self.answers = _Answers(prompt, before=state["answer_before"])
         self.metrics.num_tokens, self.metrics.train_wall_s = state["num_tokens"], state["train_wall_s"]
+        self.skipped.num_skipped, self.skipped.num_in_a_row = state["num_skipped"], state["num_skipped_in_a_row"]
+        if self.early_stopping is not None and state["lowest_heldout"] is not None:
+            self.early_stopping.lowest_loss = state["lowest_heldout"]
+            self.early_stopping.num_without_gain = state["num_without_gain"]
+        if state["evaluation_due"]:
+            self.trainer.evaluate()
+
+    def _rows_of_step(self, step: int) -> list[int]:
+        """Rows of `data.train`, counted from 0, of which a step of the current epoch is made."""
+        size = self.config.batch_plan(self.launch.world_size).global_batch_size
+        return [self.data.train_data.row_of(sample) for sample in samples_of_step(self.sampler, size, step)]
 
     def _save_checkpoint(self) -> None:
         self.checkpoints.save(self.master, self.weight_states, self.estimation, self._run_state())
 
     def _run_state(self) -> dict[str, Any]:
         """What a resumed run needs to report the whole run."""
+        stopping = self.early_stopping
         return {
             "heldout_before": self.heldout_before,
             "accuracy_before": self.accuracy_before,
@@ -291,6 +343,11 @@ class _Training:
             "index_hash": self.index_hash,
             "num_tokens": self.metrics.num_tokens,
             "train_wall_s": self.metrics.train_wall_s,
+            "num_skipped": self.skipped.num_skipped,
+            "num_skipped_in_a_row": self.skipped.num_in_a_row,
+            "lowest_heldout": stopping.lowest_loss if stopping and math.isfinite(stopping.lowest_loss) else None,
+            "num_without_gain": stopping.num_without_gain if stopping else 0,
+            "evaluation_due": self.stop.evaluation_due,
         }
 
     def _log_event(self, record: EventRecord) -> None:
@@ -354,6 +411,7 @@ class _Training:
             merged_dir=None,
             heldout_accuracy_before=self.accuracy_before,
             heldout_accuracy_after=None if last_heldout is None else last_heldout.accuracy,
+            num_skipped_steps=self.skipped.num_skipped,
         )
 
     def _save(self) -> None:
