@@ -30,9 +30,19 @@ class EarlyStopping(TrainerCallback):
 
     def __init__(self, patience: int, device: torch.device) -> None:
         self._patience, self._device = patience, device
-        self.lowest_loss = math.inf
+        self.lowest_loss: float = math.inf
         self.num_without_gain = 0
         """Evaluations since the one with the lowest loss."""
+
+    def saved_state(self) -> dict[str, Any]:
+        """For a checkpoint, in plain JSON types: a lowest loss that is not finite becomes None."""
+        lowest = self.lowest_loss if math.isfinite(self.lowest_loss) else None
+        return {"lowest_loss": lowest, "num_without_gain": self.num_without_gain}
+
+    def restore_state(self, state: dict[str, Any]) -> None:
+        """Take over what `saved_state` returned."""
+        self.lowest_loss = math.inf if state["lowest_loss"] is None else float(state["lowest_loss"])
+        self.num_without_gain = int(state["num_without_gain"])
 
     def on_evaluate(
         self,

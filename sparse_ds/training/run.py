@@ -239,9 +239,9 @@ class _Training:
             self._rows_of_step,
             config.train.max_skipped_steps,
         )
-        for callback in (self.skipped, self.stop, self.early_stopping):
-            if callback is not None:
-                trainer.add_callback(callback)
+        self._endings = [each for each in (self.skipped, self.stop, self.early_stopping) if each is not None]
+        for each in self._endings:
+            trainer.add_callback(each)
         if config.monitor.progress_bar:
             trainer.add_callback(ProgressBar())
         return trainer
@@ -318,11 +318,11 @@ class _Training:
         self.accuracy_before = state["accuracy_before"]
         self.answers = _Answers(prompt, before=state["answer_before"])
         self.metrics.num_tokens, self.metrics.train_wall_s = state["num_tokens"], state["train_wall_s"]
-        self.skipped.num_skipped, self.skipped.num_in_a_row = state["num_skipped"], state["num_skipped_in_a_row"]
-        if self.early_stopping is not None and state["lowest_heldout"] is not None:
-            self.early_stopping.lowest_loss = state["lowest_heldout"]
-            self.early_stopping.num_without_gain = state["num_without_gain"]
-        if state["evaluation_due"]:
+        for each in self._endings:
+            if type(each).__name__ in state["callbacks"]:
+                each.restore_state(state["callbacks"][type(each).__name__])
+        if self.stop.evaluation_due and self.data.eval is not None:
+            self.stop.evaluation_due = False
             self.trainer.evaluate()
 
     def _rows_of_step(self, step: int) -> list[int]:
@@ -335,7 +335,6 @@ class _Training:
 
     def _run_state(self) -> dict[str, Any]:
         """What a resumed run needs to report the whole run."""
-        stopping = self.early_stopping
         return {
             "heldout_before": self.heldout_before,
             "accuracy_before": self.accuracy_before,
@@ -343,11 +342,7 @@ class _Training:
             "index_hash": self.index_hash,
             "num_tokens": self.metrics.num_tokens,
             "train_wall_s": self.metrics.train_wall_s,
-            "num_skipped": self.skipped.num_skipped,
-            "num_skipped_in_a_row": self.skipped.num_in_a_row,
-            "lowest_heldout": stopping.lowest_loss if stopping and math.isfinite(stopping.lowest_loss) else None,
-            "num_without_gain": stopping.num_without_gain if stopping else 0,
-            "evaluation_due": self.stop.evaluation_due,
+            "callbacks": {type(each).__name__: each.saved_state() for each in self._endings},
         }
 
     def _log_event(self, record: EventRecord) -> None:

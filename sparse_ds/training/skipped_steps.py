@@ -66,6 +66,14 @@ class SkippedSteps(TrainerCallback):
         """Of the whole run, the part before a resumed checkpoint included."""
         self.num_in_a_row = 0
 
+    def saved_state(self) -> dict[str, Any]:
+        """For a checkpoint, in plain JSON types."""
+        return {"num_skipped": self.num_skipped, "num_in_a_row": self.num_in_a_row}
+
+    def restore_state(self, state: dict[str, Any]) -> None:
+        """Take over what `saved_state` returned."""
+        self.num_skipped, self.num_in_a_row = int(state["num_skipped"]), int(state["num_in_a_row"])
+
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:

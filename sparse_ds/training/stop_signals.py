@@ -132,6 +132,14 @@ class StopTogether(TrainerCallback):
         self.evaluation_due = False
         """Whether the step after which the run stops was to be followed by an evaluation."""
 
+    def saved_state(self) -> dict[str, Any]:
+        """For a checkpoint, in plain JSON types."""
+        return {"evaluation_due": self.evaluation_due}
+
+    def restore_state(self, state: dict[str, Any]) -> None:
+        """Take over what `saved_state` returned."""
+        self.evaluation_due = bool(state["evaluation_due"])
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
