@@ -74,11 +74,11 @@ def start_run(work: Path, *words: str, num_ranks: int = 2, prepare: Callable[[],
     return start_in_forks([[*ARGUMENTS, *words]] * num_ranks, [work] * num_ranks, prepare=prepare)
 
 
-def carry_out(work: Path, *words: str, num_ranks: int = 2) -> tuple[FinishedRun, list[Ended]]:
+def carry_out(work: Path, *words: str, num_ranks: int = 2, output: str = "run") -> tuple[FinishedRun, list[Ended]]:
     """The run from its start, or with RESUME from where it is, to its end."""
     ended = wait_for(start_run(work, *words, num_ranks=num_ranks))
     assert [rank.exit_code for rank in ended] == [0] * num_ranks, ended
-    return FinishedRun.read(work / "run"), ended
+    return FinishedRun.read(work / output), ended
 
 
 def go_on(work: Path, *words: str, num_ranks: int = 2) -> tuple[FinishedRun, list[Ended]]:
@@ -101,16 +101,16 @@ def wait_until(condition: Callable[[], bool], ranks: Sequence[Rank], timeout_s: 
         time.sleep(0.002)
 
 
-def metrics_of(work: Path) -> list[dict[str, Any]]:
+def metrics_of(work: Path, output: str = "run") -> list[dict[str, Any]]:
     """The whole lines so far."""
-    path = work / "run" / "metrics.jsonl"
+    path = work / output / "metrics.jsonl"
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     return [json.loads(line) for line in text.split("\n")[:-1]]
 
 
-def has_done(work: Path, step: int) -> bool:
+def has_done(work: Path, step: int, output: str = "run") -> bool:
     """Whether the line of a step has been written."""
-    return any(record["kind"] == "step" and record["step"] >= step for record in metrics_of(work))
+    return any(record["kind"] == "step" and record["step"] >= step for record in metrics_of(work, output))
 
 
 def kill(ranks: Sequence[Rank]) -> None:
