@@ -12,6 +12,7 @@ No clean-up is lost by that: files appear by one rename, and metrics are flushed
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
@@ -121,13 +122,15 @@ class Watchdog:
         if self._rank in verdict.ranks and self._heartbeats.failure is not None:
             self._is_named.set()
             return
-        print(
-            f"error (rank {self._rank}): the run ends because {verdict.message} This rank is in {self._position()}. "
-            "Go on with `--resume auto` once the cause is removed.",
-            file=sys.stderr,
-            flush=True,
-        )
-        sys.stdout.flush()
+        # Who read the output may be gone as well.
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.flush()
+            print(
+                f"error (rank {self._rank}): the run ends because {verdict.message} This rank is in "
+                f"{self._position()}. Go on with `--resume auto` once the cause is removed.",
+                file=sys.stderr,
+                flush=True,
+            )
         os._exit(LOST_RANK_EXIT_CODE)
 
 
