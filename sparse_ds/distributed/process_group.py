@@ -22,6 +22,8 @@ SHARED_MEMORY_OP = "deepspeed_shm_comm"
 SECONDS_AFTER_WATCHDOG = 120.0
 """By how much a collective's own time limit is later than the watchdog's, which says more."""
 
+_before_leaving: list[Callable[[], None]] = []
+
 
 def start(device_type: str, stall_timeout_s: float | None = None) -> None:
     """Join the process group (nccl on CUDA, gloo on CPU) and learn how many ranks share this machine.
@@ -47,17 +49,20 @@ def start(device_type: str, stall_timeout_s: float | None = None) -> None:
     os.environ["LOCAL_WORLD_SIZE"] = str(hosts.count(socket.gethostname()))
 
 
-def stop(between: Callable[[], None] = lambda: None) -> None:
-    """Leave the process group, all ranks together. Without it a run on gloo can end with "terminate called", code -6.
+def before_leaving(action: Callable[[], None]) -> None:
+    """Have `stop` call `action` after the last collective, once."""
+    _before_leaving.append(action)
 
-    Args:
-        between: called after the last collective, before the connections are closed.
+
+def stop() -> None:
+    """Leave the process group, all ranks together. Without it a run on gloo can end with "terminate called", code -6.
 
     Collectives: one barrier; every rank must call it.
     """
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
-        between()
+        while _before_leaving:
+            _before_leaving.pop()()
         torch.distributed.destroy_process_group()
 
 

@@ -99,17 +99,17 @@ def run(config: RunConfig, launch: LaunchEnvironment, device_type: str) -> None:
         _share_cores(config)
     watchdog = Watchdog(launch.rank, launch.world_size, config.train.stall_timeout_s)
     watchdog.start()
+    process_group.before_leaving(watchdog.stop)
     with StopSignals(launch.rank, launch.launcher) as signals:
         try:
             summary = _Training(config, launch, output, base_folder, device, watchdog, signals).carry_out()
         except (UserError, RunStoppedError):
-            # All ranks have raised it together.
-            watchdog.stop()
+            # All ranks raise it together, and leave together.
             raise
         except Exception as error:
             watchdog.fail(error)
             raise
-        process_group.stop(watchdog.stop)
+        process_group.stop()
     # Trainer left a global mark that makes transformers build every later model under ZeRO-3.
     unset_hf_deepspeed_config()
     if launch.rank == 0:
