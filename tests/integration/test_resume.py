@@ -95,8 +95,9 @@ def test_auto_passes_over_a_damaged_checkpoint(work: Path, checkpointed_run: Fin
     assert resumed.index_hashes == checkpointed_run.index_hashes
     assert (resumed.folder / ADAPTER).read_bytes() == (checkpointed_run.folder / ADAPTER).read_bytes()
     assert resumed.summary["heldout_loss_after"] == checkpointed_run.summary["heldout_loss_after"]
-    state = Path("checkpoint-14") / "state-00001.safetensors"
-    assert (work / "run" / state).read_bytes() == (checkpointed_run.folder / state).read_bytes()
+    for state in ("state-00001-of-00002.safetensors", "state-00002-of-00002.safetensors"):
+        path = Path("checkpoint-14") / state
+        assert (work / "run" / path).read_bytes() == (checkpointed_run.folder / path).read_bytes()
 
 
 def run_and_go_on(work: Path, step: int, *settings: str) -> tuple[FinishedRun, FinishedRun]:
