@@ -380,10 +380,15 @@ class RunCheckpoints:
         current = scheduler.state_dict()
         if saved.keys() != current.keys() or not all(_has_form(saved[key], current[key]) for key in current):
             raise UserError(f"checkpoint {checkpoint.folder}: `run_state.scheduler` is not of this run's schedule.")
-        scheduler.load_state_dict(saved)
-        groups = self._engine.optimizer.param_groups
-        for group, learning_rate in zip(groups, scheduler.get_last_lr(), strict=True):
-            group["lr"] = learning_rate
+        # The place in the schedule is the checkpoint's, the rate and the length of the schedule are this run's.
+        scheduler.load_state_dict({**saved, "base_lrs": current["base_lrs"]})
+        rates = [
+            base_rate * factor(scheduler.last_epoch)
+            for base_rate, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+        ]
+        scheduler._last_lr = rates
+        for group, rate in zip(self._engine.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
 
     def _restore_callbacks(self, checkpoint: Checkpoint, saved: dict[str, dict[str, Any]]) -> None:
         for callback in self._trainer.callback_handler.callbacks:
