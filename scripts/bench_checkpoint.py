@@ -140,12 +140,9 @@ class MeasuredRun(_Training):
         )
         self.ours: dict[bool, RunCheckpoints] = {}
         for background in (False, True):
-            section = self.config.checkpoint.model_copy(update={"background": background})
-            config = self.config.model_copy(update={"checkpoint": section})
+            settings = self.config.checkpoint.model_copy(update={"background": background})
             folder = self.output.path / f"ours-{background}"
-            self.ours[background] = RunCheckpoints(
-                config, self.identity, folder, self.trainer, engine, self.steps_per_epoch
-            )
+            self.ours[background] = RunCheckpoints(settings, self.identity, folder, engine, self.progress)
 
     def _save_checkpoint(self) -> None:
         writers: list[tuple[str, Callable[[], Path]]] = [

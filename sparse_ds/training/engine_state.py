@@ -134,6 +134,9 @@ class EngineState:
             problem = f"counts {counters.num_applied_steps} applied steps of {step}"
         elif not 0 <= counters.num_counted_steps <= step or (counters.num_counted_steps and self.estimation is None):
             problem = f"counts {counters.num_counted_steps} steps of an estimation phase"
+        total = sum(layer.layout.num_active for layer in self.layers.values())
+        if problem is None and sum(counters.num_active.values()) != total:
+            problem = f"has {sum(counters.num_active.values())} active weights, expected {total}"
         for name, layer in self.layers.items():
             number, num_slots = counters.num_active.get(name, 0), layer.layout.num_slots
             least = 0 if layer.layout.spare_slots else num_slots

@@ -54,17 +54,12 @@ from sparse_ds.training.callbacks import (
     RunEvents,
     WriteMetrics,
 )
-from sparse_ds.training.checkpointing import (
-    PublishCheckpoints,
-    RunCheckpoints,
-    check_same_run,
-    check_trainer_state,
-    run_identity,
-)
+from sparse_ds.training.checkpointing import PublishCheckpoints, RunCheckpoints
 from sparse_ds.training.engine_state import EngineState
 from sparse_ds.training.evaluation import sample_answer
 from sparse_ds.training.global_order import GlobalOrderSampler
 from sparse_ds.training.output_folder import OutputFolder
+from sparse_ds.training.run_identity import check_same_run, run_identity
 from sparse_ds.training.saving import save_deltas, save_dense_model
 from sparse_ds.training.setup import (
     EventSchedule,
@@ -77,6 +72,7 @@ from sparse_ds.training.setup import (
     prepare_model,
 )
 from sparse_ds.training.trainer import SparseTrainer, classification_loss
+from sparse_ds.training.trainer_progress import TrainerProgress, check_trainer_state
 
 logger = logging.getLogger("sparse_ds")
 
@@ -206,7 +202,7 @@ class _Training:
             sampler=sampler,
             heldout=self.data.eval,
             on_save=self._save_checkpoint,
-            on_restore_generators=lambda: self.checkpoints.restore_generators(),
+            on_restore_generators=lambda: self.progress.restore_generators(),
             model=self.prepared.model,
             args=arguments,
             data_collator=self.data.collator,
@@ -238,8 +234,9 @@ class _Training:
             self.weight_states,
             self.estimation,
         )
+        self.progress = TrainerProgress(self.trainer, self.config.train.seed, self.steps_per_epoch)
         self.checkpoints = RunCheckpoints(
-            self.config, self.identity, self.output.path, self.trainer, engine, self.steps_per_epoch
+            self.config.checkpoint, self.identity, self.output.path, engine, self.progress
         )
         if self.config.checkpoint.background:
             self.trainer.add_callback(PublishCheckpoints(self.checkpoints))

@@ -194,7 +194,7 @@ def test_in_the_background_the_same_is_written(work: Path, checkpointed_run: Fin
         for content in (left, right):
             # What tells the time, or is a hash of it.
             del content["sha256"], content["files"]["trainer_state.json"]
-            del content["run_state"]["callbacks"]["WriteMetrics"]["train_wall_s"]
+            del content["run_state"]["trainer"]["callbacks"]["WriteMetrics"]["train_wall_s"]
         assert left == right
 
 
@@ -276,11 +276,18 @@ def test_a_run_that_ended_before_its_adapter_is_finished(
     assert resumed.summary["heldout_loss_after"] == expected
 
 
-@pytest.mark.parametrize("policy", ["stop", "continue"])
-def test_checkpoints_that_cannot_be_written(work: Path, checkpointed_run: FinishedRun, policy: str) -> None:
+@pytest.mark.parametrize(("policy", "background"), [("stop", "false"), ("continue", "false"), ("continue", "true")])
+def test_checkpoints_that_cannot_be_written(
+    work: Path, checkpointed_run: FinishedRun, policy: str, background: str
+) -> None:
     """No file may be larger than the adapter, and the state of a checkpoint is."""
     adapter_bytes = (checkpointed_run.folder / ADAPTER).stat().st_size
-    settings = [f"checkpoint.on_save_error={policy}", "train.output_dir=full", "train.max_steps=5"]
+    settings = [
+        f"checkpoint.on_save_error={policy}",
+        f"checkpoint.background={background}",
+        "train.output_dir=full",
+        "train.max_steps=5",
+    ]
     words = shlex.join([sys.executable, str(TRAIN), *RUN_ARGUMENTS, *set_words(settings)])
     ended = launch(["bash", "-c", f"ulimit -f {adapter_bytes // 1024 + 1}; exec {words}"], work)
     message = "checkpoint of step 2: full/checkpoint-2 cannot be written (File too large). Older checkpoints"
