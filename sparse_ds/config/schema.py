@@ -227,8 +227,15 @@ class CheckpointConfig(_Section):
     """Save after every so many optimizer steps, 1 or more; null: never."""
     keep: PositiveInt = 2
     """How many of the latest checkpoints stay, 1 or more."""
+    best: bool = False
+    """The checkpoint with the lowest held-out loss stays too; for checkpoints at whose step the run evaluates."""
+    background: bool = False
+    """Write while training goes on, from a copy in the host's memory (about 20 bytes per active weight / ranks)."""
+    on_save_error: Literal["stop", "continue"] = "stop"
+    """When a checkpoint cannot be written (disk full): `stop` the run, or `continue` without it. Older ones stay."""
     resume: Text | None = None
-    """`auto`: go on from the latest checkpoint of `train.output_dir`; a path: from that one; null: begin anew."""
+    """`auto`: go on from the latest checkpoint of `train.output_dir`, or begin if there is none yet; a path: go on from
+    that one; null: begin anew."""
 
 
 class ExportConfig(_Section):

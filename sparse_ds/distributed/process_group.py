@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -102,3 +102,35 @@ def agreement(what: str) -> Iterator[None]:
     if from_user:
         raise UserError(f"{message}{where}") from failure
     raise RuntimeError(f"{what} failed{where}: {kind}: {message}") from failure
+
+
+def gather_objects(entry: T) -> list[T]:
+    """What every rank gave, by rank, on every rank.
+
+    Args:
+        entry: small; it travels pickled.
+
+    Collectives: one gather; every rank must call it.
+    """
+    entries = [entry] * world_size()
+    if torch.distributed.is_initialized():
+        torch.distributed.all_gather_object(entries, entry)
+    return entries
+
+
+def from_rank_0(what: str, make: Callable[[], T]) -> T:
+    """What `make()` returns on rank 0, on every rank; if it fails there, every rank raises as in `agreement`.
+
+    Args:
+        what: what `make` does, for the message.
+        make: called on rank 0 only; must not communicate. Its result is small.
+
+    Collectives: an agreement and one broadcast; every rank must call it.
+    """
+    made: list[T | None] = [None]
+    with agreement(what):
+        if rank() == 0:
+            made[0] = make()
+    if torch.distributed.is_initialized():
+        torch.distributed.broadcast_object_list(made, src=0)
+    return made[0]  # type: ignore[return-value]
