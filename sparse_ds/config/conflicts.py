@@ -91,6 +91,8 @@ def find_warnings(sections: Mapping[str, Any]) -> list[str]:
     if data.eval is None:
         if train.eval_interval_steps is not None:
             found.append("train.eval_interval_steps has no effect: data.eval is null.")
+        if train.early_stopping_patience is not None:
+            found.append("train.early_stopping_patience has no effect: data.eval is null.")
         if data.num_eval_samples is not None:
             found.append("data.num_eval_samples has no effect: data.eval is null.")
     return found
@@ -183,6 +185,11 @@ def _train_conflicts(train: TrainConfig, checkpoint: CheckpointConfig | None) ->
                 f"train.global_batch_size: got {train.global_batch_size}, expected a multiple of "
                 f"train.micro_batch_size ({train.micro_batch_size}){accumulation}."
             )
+    if train.early_stopping_patience is not None and train.eval_interval_steps is None:
+        yield (
+            f"train.early_stopping_patience: got {train.early_stopping_patience}, but train.eval_interval_steps is "
+            "null: there are no evaluations to count. Set it, or remove train.early_stopping_patience."
+        )
     if train.overwrite and checkpoint is not None and checkpoint.resume == "auto":
         yield (
             "train.overwrite: got true (begin anew) together with checkpoint.resume auto (go on from the latest "

@@ -6,25 +6,34 @@ import os
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import TypeVar
 
 import deepspeed
 import deepspeed.comm as dist
 import torch
 import torch.distributed
+from deepspeed.constants import default_pg_timeout
 
 from sparse_ds.config.errors import UserError
+from sparse_ds.distributed.last_collective import keep_few_records
 
 T = TypeVar("T")
 
 SHARED_MEMORY_OP = "deepspeed_shm_comm"
 """DeepSpeed's name (`ShareMemCommBuilder.NAME`) of its own collectives for ranks on one machine's CPU."""
+SECONDS_AFTER_WATCHDOG = 120.0
+"""By how much a collective's own time limit is later than the watchdog's, which says more."""
 
 
-def start(device_type: str) -> None:
+def start(device_type: str, stall_timeout_s: float | None = None) -> None:
     """Join the process group (nccl on CUDA, gloo on CPU) and learn how many ranks share this machine.
 
     Sets LOCAL_WORLD_SIZE, which the `deepspeed` launcher leaves out.
+
+    Args:
+        device_type: "cpu" or "cuda".
+        stall_timeout_s: of the watchdog; a collective waits longer than that, and no less than DeepSpeed's default.
 
     Collectives: one gather of host names; every rank must call it.
     """
@@ -33,19 +42,25 @@ def start(device_type: str) -> None:
     else:
         # DeepSpeed would compile a shared-memory extension at every first start; gloo does without a compiler.
         deepspeed.ops.__compatible_ops__[SHARED_MEMORY_OP] = False
-    dist.init_distributed(dist_backend="nccl" if device_type == "cuda" else "gloo", verbose=False)
+    keep_few_records()
+    timeout = max(default_pg_timeout, timedelta(seconds=(stall_timeout_s or 0.0) + SECONDS_AFTER_WATCHDOG))
+    dist.init_distributed(dist_backend="nccl" if device_type == "cuda" else "gloo", timeout=timeout, verbose=False)
     hosts: list[str | None] = [None] * world_size()
     torch.distributed.all_gather_object(hosts, socket.gethostname())
     os.environ["LOCAL_WORLD_SIZE"] = str(hosts.count(socket.gethostname()))
 
 
-def stop() -> None:
+def stop(between: Callable[[], None] = lambda: None) -> None:
     """Leave the process group, all ranks together. Without it a run on gloo can end with "terminate called", code -6.
+
+    Args:
+        between: called after the last collective, before the connections are closed.
 
     Collectives: one barrier; every rank must call it.
     """
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
+        between()
         torch.distributed.destroy_process_group()
 
 

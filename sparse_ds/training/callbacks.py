@@ -20,6 +20,7 @@ import torch
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sparse_ds.distributed.gradient_tiles import clip_coefficient
+from sparse_ds.distributed.watchdog import Watchdog
 from sparse_ds.distributed.zero3_partitions import all_reduce_max_
 from sparse_ds.drop_grow.estimation import EstimationPhase
 from sparse_ds.drop_grow.event import DropAndGrow, EventRecord, Seeds
@@ -44,6 +45,23 @@ class OnTrainBegin(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._action(state.max_steps)
+
+
+class NotePosition(TrainerCallback):
+    """Tells the watchdog where the run is."""
+
+    def __init__(self, watchdog: Watchdog) -> None:
+        self._watchdog = watchdog
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._watchdog.note(f"step {state.global_step + 1}", is_training=True)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._watchdog.note("the end of the run", is_training=False)
 
 
 class EpochOrder(TrainerCallback):

@@ -26,11 +26,13 @@ from sparse_ds.checkpoint.identity import check_identity
 from sparse_ds.checkpoint.reading import Checkpoint
 from sparse_ds.checkpoint.run_folder import find_checkpoint, remove_checkpoints_after
 from sparse_ds.config import RunConfig, UserError
+from sparse_ds.config.errors import STOPPED_EXIT_CODE, RunStoppedError
 from sparse_ds.config.methods import all_methods
 from sparse_ds.data import DataBundle, SamplePrompt, build_datasets
 from sparse_ds.data.fingerprint import fingerprint
 from sparse_ds.distributed import process_group
 from sparse_ds.distributed.launch_environment import LaunchEnvironment
+from sparse_ds.distributed.watchdog import Watchdog
 from sparse_ds.distributed.zero3_partitions import MasterWeights, all_reduce_max_, full_size
 from sparse_ds.drop_grow.estimation import EstimationPhase
 from sparse_ds.drop_grow.event import EventRecord
@@ -51,12 +53,14 @@ from sparse_ds.training.base_guard import BaseGuard
 from sparse_ds.training.callbacks import (
     EpochOrder,
     MergeAccumulators,
+    NotePosition,
     OnTrainBegin,
     ProgressBar,
     RunEvents,
     WriteMetrics,
 )
 from sparse_ds.training.checkpointing import PublishCheckpoints, RunCheckpoints
+from sparse_ds.training.early_stopping import EarlyStopping
 from sparse_ds.training.engine_state import EngineState
 from sparse_ds.training.evaluation import sample_answer
 from sparse_ds.training.global_order import GlobalOrderSampler
@@ -73,6 +77,8 @@ from sparse_ds.training.setup import (
     make_training_arguments,
     prepare_model,
 )
+from sparse_ds.training.skipped_steps import SkippedSteps, samples_of_step
+from sparse_ds.training.stop_signals import StopSignals, StopTogether
 from sparse_ds.training.trainer import SparseTrainer, classification_loss
 from sparse_ds.training.trainer_progress import TrainerProgress, check_trainer_state
 
@@ -89,17 +95,29 @@ def run(config: RunConfig, launch: LaunchEnvironment, device_type: str) -> None:
 
     Raises:
         UserError: anything wrong with what the user gave, before training starts.
+        RunStoppedError: the run was asked to stop, or cannot go on; all ranks raise it together.
     """
     output = OutputFolder(config.train.output_dir)
     output.check(overwrite=config.train.overwrite, resume=config.checkpoint.resume)
     base_folder = find_base_model(config.model.name_or_path, config.model.revision)
     transformers.utils.logging.set_verbosity_error()
-    process_group.start(device_type)
+    process_group.start(device_type, config.train.stall_timeout_s)
     device = torch.device("cuda", launch.local_rank) if device_type == "cuda" else torch.device("cpu")
     if device_type == "cpu":
         _share_cores(config)
-    summary = _Training(config, launch, output, base_folder, device).carry_out()
-    process_group.stop()
+    watchdog = Watchdog(launch.rank, launch.world_size, config.train.stall_timeout_s)
+    watchdog.start()
+    with StopSignals(launch.rank, launch.launcher) as signals:
+        try:
+            summary = _Training(config, launch, output, base_folder, device, watchdog, signals).carry_out()
+        except (UserError, RunStoppedError):
+            # All ranks have raised it together.
+            watchdog.stop()
+            raise
+        except Exception as error:
+            watchdog.fail(error)
+            raise
+        process_group.stop(watchdog.stop)
     # Trainer left a global mark that makes transformers build every later model under ZeRO-3.
     unset_hf_deepspeed_config()
     if launch.rank == 0:
@@ -132,9 +150,15 @@ class _Training:
         output: OutputFolder,
         base_folder: Path,
         device: torch.device,
+        watchdog: Watchdog,
+        signals: StopSignals,
     ) -> None:
         self.config, self.launch, self.output = config, launch, output
         self.base_folder, self.device = base_folder, device
+        self.watchdog = watchdog
+        self.stop = StopTogether(signals, device)
+        patience = config.train.early_stopping_patience
+        self.early_stopping = None if patience is None else EarlyStopping(patience, device)
         self.is_main = launch.rank == 0
         self.index_hash: str | None = None
         self.answers = _Answers()
@@ -159,7 +183,7 @@ class _Training:
                 num_sample_prompts=config.monitor.num_sample_prompts,
                 show_progress=self.is_main,
             )
-            sampler = GlobalOrderSampler(len(self.data.train), plan.global_batch_size, config.train.seed)
+            sampler = self.sampler = GlobalOrderSampler(len(self.data.train), plan.global_batch_size, config.train.seed)
             classification = self._plan_classification()
         require_same_base(self.base_folder, base_fingerprint)
         self.prepared: PreparedModel = prepare_model(
@@ -189,6 +213,13 @@ class _Training:
         self._say_start(plan)
         self.trainer.train(resume_from_checkpoint=None if self.resumed is None else str(self.resumed.folder))
         self.checkpoints.finish()
+        if self.stop.is_stopping:
+            self.log.close()
+            raise RunStoppedError(
+                f"stopped by {self.stop.reason} after step {self.trainer.state.global_step}; go on with "
+                "`--resume auto`",
+                STOPPED_EXIT_CODE,
+            )
         summary = self._summarize()
         self._save()
         self.log.close()
@@ -242,12 +273,26 @@ class _Training:
             data_collator=self.data.collator,
             train_dataset=self.data.train,
             eval_dataset=self.data.eval,
-            callbacks=[EpochOrder(sampler), BaseGuard(self.prepared.frozen_parameters), OnTrainBegin(self._bind)],
+            callbacks=[
+                EpochOrder(sampler),
+                NotePosition(self.watchdog),
+                BaseGuard(self.prepared.frozen_parameters),
+                OnTrainBegin(self._bind),
+            ],
             compute_loss_func=None if self.prepared.classification is None else classification_loss,
         )
         trainer.remove_callback(PrinterCallback)
         self.metrics = WriteMetrics(trainer, self.log)
         trainer.add_callback(self.metrics)
+        self.skipped = SkippedSteps(
+            trainer,
+            self.log,
+            self._rows_of_step,
+            config.train.max_skipped_steps,
+        )
+        for each in (self.skipped, self.stop, self.early_stopping):
+            if each is not None:
+                trainer.add_callback(each)
         if config.monitor.progress_bar:
             trainer.add_callback(ProgressBar())
         return trainer
@@ -343,6 +388,14 @@ class _Training:
                 self.answers = _Answers(prompt, before=report["answer_before"])
             except KeyError as error:
                 raise UserError(f"checkpoint {checkpoint.folder}: `run_state.report` has no {error}.") from error
+        if self.stop.evaluation_due and self.data.eval is not None:
+            self.stop.evaluation_due = False
+            self.trainer.evaluate()
+
+    def _rows_of_step(self, step: int) -> list[int]:
+        """Rows of `data.train`, counted from 0, of which a step of the current epoch is made."""
+        size = self.config.batch_plan(self.launch.world_size).global_batch_size
+        return [self.data.train_data.row_of(sample) for sample in samples_of_step(self.sampler, size, step)]
 
     def _save_checkpoint(self) -> None:
         heldout = self.metrics.heldout_at(self.trainer.state.global_step)
@@ -420,6 +473,7 @@ class _Training:
             merged_dir=None,
             heldout_accuracy_before=self.accuracy_before,
             heldout_accuracy_after=accuracy_after,
+            num_skipped_steps=self.skipped.num_skipped,
         )
 
     def _save(self) -> None:

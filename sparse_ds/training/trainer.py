@@ -17,6 +17,7 @@ from transformers import Trainer
 from sparse_ds.distributed.zero3_partitions import all_reduce_sum
 from sparse_ds.training.evaluation import HeldoutResult, heldout_loss
 from sparse_ds.training.global_order import GlobalOrderSampler
+from sparse_ds.training.skipped_steps import with_gradient_of_its_kind
 
 OnSave = Callable[[], None]
 MakeOptimizer = Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]
@@ -94,6 +95,16 @@ class SparseTrainer(Trainer):
         self._num_tokens += int(inputs["attention_mask"].sum())
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         return loss
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        return with_gradient_of_its_kind(super().compute_loss(model, inputs, *args, **kwargs))
+
+    def _maybe_log_save_evaluate(self, tr_loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        # Trainer starts its sum of losses anew by subtracting it from itself: one NaN would stay for ever.
+        logs = self.control.should_log
+        super()._maybe_log_save_evaluate(tr_loss, *args, **kwargs)
+        if logs:
+            tr_loss.nan_to_num_(nan=0.0)
 
     @property
     def loss_sum(self) -> Tensor:

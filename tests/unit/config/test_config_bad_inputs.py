@@ -162,6 +162,10 @@ CONFLICTS = [
         ["method.name=full", "model.quantization=none", "optimizer.momentum=0.5"],
         r"optimizer\.momentum: given, but method\.name full does not use it",
     ),
+    (
+        ["train.early_stopping_patience=2"],
+        r"train\.early_stopping_patience: got 2, but train\.eval_interval_steps is null",
+    ),
 ]
 
 BAD_FILES = [
