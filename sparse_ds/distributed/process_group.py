@@ -59,6 +59,17 @@ def world_size() -> int:
     return int(torch.distributed.get_world_size()) if torch.distributed.is_initialized() else 1
 
 
+def gather(value: T) -> list[T]:
+    """What every rank gave, in the order of ranks.
+
+    Collectives: one gather of small pickled objects; every rank must call it.
+    """
+    values = [value] * world_size()
+    if torch.distributed.is_initialized():
+        torch.distributed.all_gather_object(values, value)
+    return values
+
+
 @contextmanager
 def agreement(what: str) -> Iterator[None]:
     """All ranks leave this context together: if the body fails on some ranks, every rank raises.
@@ -91,20 +102,6 @@ def agreement(what: str) -> Iterator[None]:
     if from_user:
         raise UserError(f"{message}{where}") from failure
     raise RuntimeError(f"{what} failed{where}: {kind}: {message}") from failure
-
-
-def gather_objects(entry: T) -> list[T]:
-    """What every rank gave, by rank, on every rank.
-
-    Args:
-        entry: small; it travels pickled.
-
-    Collectives: one gather; every rank must call it.
-    """
-    entries = [entry] * world_size()
-    if torch.distributed.is_initialized():
-        torch.distributed.all_gather_object(entries, entry)
-    return entries
 
 
 def from_rank_0(what: str, make: Callable[[], T]) -> T:

@@ -23,7 +23,7 @@ from sparse_ds.config.errors import UserError
 
 logger = logging.getLogger("sparse_ds")
 
-Kind = Literal["step", "eval", "event", "summary"]
+Kind = Literal["load", "step", "eval", "event", "summary"]
 
 
 class MetricsLog:

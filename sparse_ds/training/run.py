@@ -28,7 +28,7 @@ from sparse_ds.checkpoint.run_folder import find_checkpoint, remove_checkpoints_
 from sparse_ds.config import RunConfig, UserError
 from sparse_ds.config.methods import all_methods
 from sparse_ds.data import DataBundle, SamplePrompt, build_datasets
-from sparse_ds.data.fingerprint import fingerprint
+from sparse_ds.data.fingerprint import dataset_fingerprint
 from sparse_ds.distributed import process_group
 from sparse_ds.distributed.launch_environment import LaunchEnvironment
 from sparse_ds.distributed.zero3_partitions import MasterWeights, all_reduce_max_, full_size
@@ -36,9 +36,10 @@ from sparse_ds.drop_grow.estimation import EstimationPhase
 from sparse_ds.drop_grow.event import EventRecord
 from sparse_ds.drop_grow.weight_states import WeightStates
 from sparse_ds.export.merged import merge_adapter
-from sparse_ds.model.base_checkpoint import BaseCheckpoint, find_base_model
+from sparse_ds.model.base_checkpoint import BaseCheckpoint
 from sparse_ds.model.build import read_architecture
 from sparse_ds.model.classification_head import Classification, find_label_word_ids
+from sparse_ds.model.find_base_model import find_base_model, require_same_base
 from sparse_ds.model.tokenizer import load_tokenizer
 from sparse_ds.monitor.memory import memory_gib
 from sparse_ds.monitor.metrics_log import MetricsLog, drop_records_after
@@ -46,6 +47,7 @@ from sparse_ds.monitor.report import run_table
 from sparse_ds.monitor.summary import RunSummary
 from sparse_ds.optim.sm3 import SparseSM3
 from sparse_ds.optim.sparse_adamw import SparseAdamW
+from sparse_ds.training.base_guard import BaseGuard
 from sparse_ds.training.callbacks import (
     EpochOrder,
     MergeAccumulators,
@@ -148,6 +150,7 @@ class _Training:
             plan = config.batch_plan(self.launch.world_size)
             checkpoint = BaseCheckpoint(self.base_folder)
             read_architecture(checkpoint)
+            fingerprint = checkpoint.fingerprint()
             self.tokenizer = load_tokenizer(self.base_folder)
             self.data: DataBundle = build_datasets(
                 config.data,
@@ -158,10 +161,16 @@ class _Training:
             )
             sampler = GlobalOrderSampler(len(self.data.train), plan.global_batch_size, config.train.seed)
             classification = self._plan_classification()
-        self.prepared: PreparedModel = prepare_model(config, checkpoint, self.device, classification)
-        self.identity = run_identity(
-            config, checkpoint, self.prepared, fingerprint(self.data.train), plan.global_batch_size
+        require_same_base(self.base_folder, fingerprint)
+        self.prepared: PreparedModel = prepare_model(
+            config,
+            checkpoint,
+            self.device,
+            classification,
+            show_progress=self.is_main and config.monitor.progress_bar,
         )
+        data = dataset_fingerprint(self.data.train)
+        self.identity = run_identity(config, checkpoint, self.prepared, data, plan.global_batch_size)
         check_same_run(self.identity)
         self.steps_per_epoch = len(sampler) // plan.global_batch_size
         self.resumed = self._find_resumed()
@@ -174,6 +183,7 @@ class _Training:
                     drop_records_after(self.output.metrics, step)
                     remove_checkpoints_after(self.output.path, step)
         self.log = MetricsLog(self.output.metrics, enabled=self.is_main)
+        self._log_load(checkpoint)
         self.trainer = self._make_trainer(sampler)
         self._say_start(plan)
         self.trainer.train(resume_from_checkpoint=None if self.resumed is None else str(self.resumed.folder))
@@ -190,6 +200,29 @@ class _Training:
             return None
         word_ids = None if words is None else find_label_word_ids(self.tokenizer, words, labels)
         return Classification(labels, self.data.collator.pad_token_id, word_ids)
+
+    def _log_load(self, checkpoint: BaseCheckpoint) -> None:
+        """Collectives: one gather of a small record."""
+        loaded = self.prepared.loaded
+        ranks = process_group.gather(
+            {"wall_s": loaded.wall_s, "bytes_read": loaded.bytes_read, **memory_gib(self.device)}
+        )
+        self.log.write(
+            "load",
+            {
+                "step": 0,
+                "tensors": loaded.num_tensors,
+                "bytes": checkpoint.size_bytes,
+                "ranks": [{"rank": index, **record} for index, record in enumerate(ranks)],
+            },
+        )
+        logger.info(
+            "base model loaded in %.1f s: %.2f GiB of %.2f GiB read by rank 0, peak memory %.2f GiB",
+            loaded.wall_s,
+            loaded.bytes_read / 2**30,
+            checkpoint.size_bytes / 2**30,
+            max(record["peak_memory_gib"] for record in ranks),
+        )
 
     def _make_trainer(self, sampler: GlobalOrderSampler) -> SparseTrainer:
         config = self.config
@@ -208,7 +241,7 @@ class _Training:
             data_collator=self.data.collator,
             train_dataset=self.data.train,
             eval_dataset=self.data.eval,
-            callbacks=[EpochOrder(sampler), OnTrainBegin(self._bind)],
+            callbacks=[EpochOrder(sampler), BaseGuard(self.prepared.frozen_parameters), OnTrainBegin(self._bind)],
             compute_loss_func=None if self.prepared.classification is None else classification_loss,
         )
         trainer.remove_callback(PrinterCallback)

@@ -161,8 +161,27 @@ def unknown_architecture(folder: Path) -> list[str]:
     return ["model.name_or_path=model"]
 
 
-def already_quantized(folder: Path) -> list[str]:
-    copy_model(folder, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
+def quantized_otherwise(folder: Path) -> list[str]:
+    copy_model(folder, quantization_config={"quant_method": "gptq", "bits": 4})
+    return ["model.name_or_path=model"]
+
+
+def one_tensor_too_many(folder: Path) -> list[str]:
+    change_tensor(folder, lambda tensors: tensors.update({"value_head.weight": torch.zeros(1, 128)}))
+    return ["model.name_or_path=model"]
+
+
+def remote_model(folder: Path) -> list[str]:
+    copy_model(folder, model_type="own", auto_map={"AutoConfig": "configuration_own.OwnConfig"})
+    (folder / "model" / "configuration_own.py").write_text("raise SystemExit('ran')")
+    return ["model.name_or_path=model"]
+
+
+def remote_tokenizer(folder: Path) -> list[str]:
+    path = copy_model(folder) / "tokenizer_config.json"
+    remote = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["tokenization_own.Own", None]}}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **remote}))
+    (folder / "model" / "tokenization_own.py").write_text("raise SystemExit('ran')")
     return ["model.name_or_path=model"]
 
 
@@ -186,14 +205,29 @@ MODELS: dict[str, tuple[Prepare, str]] = {
         index_of_missing_file,
         r"model\.safetensors\.index\.json names 1 missing file\(s\): model-00002-of-00002\.safetensors\. Get the check",
     ),
-    "NaN in a weight": (nan_in_a_weight, rf"tensor '{re.escape(QUERY)}' holds NaN or Inf; the checkpoint is"),
-    "infinity in a norm": (infinity_outside_the_targets, r"tensor 'model\.norm\.weight' holds NaN or Inf"),
-    "wrong shape": (wrong_shape, rf"tensor '{re.escape(QUERY)}' has shape \(64, 128\), expected \(128, 128\)"),
+    "NaN in a weight": (nan_in_a_weight, rf"tensor '{re.escape(QUERY)}' of model holds NaN or Inf; the checkpoint is"),
+    "infinity in a norm": (infinity_outside_the_targets, r"tensor 'model\.norm\.weight' of model holds NaN or Inf"),
+    "wrong shape": (wrong_shape, rf"tensor '{re.escape(QUERY)}' of model has shape \(64, 128\), expected \(128, 128\)"),
     "missing tensor": (missing_tensor, rf"model has no tensor '{re.escape(QUERY)}', which the architecture in its"),
-    "integer weight": (integer_weight, rf"tensor '{re.escape(QUERY)}' is torch\.int8, expected a floating-point"),
+    "integer weight": (
+        integer_weight,
+        rf"tensor '{re.escape(QUERY)}' of model is torch\.int8, expected a floating-point",
+    ),
     "another architecture": (unsupported_architecture, r"model is a 'gpt_neox' model; expected one of llama, mistral"),
     "unknown architecture": (unknown_architecture, r"model is a 'lama' model; expected one of llama, mistral"),
-    "already quantized": (already_quantized, r"model is already quantized .* give the 16-bit checkpoint and set model"),
+    "quantized otherwise": (
+        quantized_otherwise,
+        r"model is quantized by 'gptq' .*expected a 16-bit checkpoint, or bits",
+    ),
+    "one tensor too many": (
+        one_tensor_too_many,
+        r"model holds 1 tensor\(s\) that the architecture .* does not have: value_head\.weight.*model\.unused_tensors",
+    ),
+    "remote code": (remote_model, r"is a 'own' model that needs code of its repository, and remote code is never exec"),
+    "remote tokenizer": (
+        remote_tokenizer,
+        r"model has no tokenizer that can be loaded .*, and remote code is never exec",
+    ),
 }
 
 
