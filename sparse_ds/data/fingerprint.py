@@ -11,7 +11,7 @@ from datasets import Dataset
 _ROWS_AT_ONCE = 1000
 
 
-def fingerprint(dataset: Dataset) -> str:
+def dataset_fingerprint(dataset: Dataset) -> str:
     """sha256 over all rows in their order: names of the columns, lengths of the lists and their numbers.
 
     How the rows are cut into chunks, files and the source's name have no effect.

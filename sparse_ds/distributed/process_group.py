@@ -119,20 +119,6 @@ def agreement(what: str) -> Iterator[None]:
     raise RuntimeError(f"{what} failed{where}: {kind}: {message}") from failure
 
 
-def gather_objects(entry: T) -> list[T]:
-    """What every rank gave, by rank, on every rank.
-
-    Args:
-        entry: small; it travels pickled.
-
-    Collectives: one gather; every rank must call it.
-    """
-    entries = [entry] * world_size()
-    if torch.distributed.is_initialized():
-        torch.distributed.all_gather_object(entries, entry)
-    return entries
-
-
 def from_rank_0(what: str, make: Callable[[], T]) -> T:
     """What `make()` returns on rank 0, on every rank; if it fails there, every rank raises as in `agreement`.
 

@@ -134,7 +134,7 @@ class RunCheckpoints:
     def poll(self) -> None:
         """Publish what is in flight, if all ranks have written. Collectives: a gather while something is in flight."""
         saving = self._in_flight
-        if saving is not None and all(process_group.gather_objects(not saving.thread.is_alive())):
+        if saving is not None and all(process_group.gather(not saving.thread.is_alive())):
             self.finish()
 
     def finish(self) -> None:
@@ -154,7 +154,7 @@ class RunCheckpoints:
             with process_group.agreement(f"saving the checkpoint of step {saving.write.step}"):
                 if saving.failure is not None:
                     raise saving.failure
-            hashes = process_group.gather_objects(saving.sha256)
+            hashes = process_group.gather(saving.sha256)
             saving.write.publish(hashes, {item.name: item.entry for item in saving.slices}, saving.content)
         except UserError as error:
             saving.write.abandon()

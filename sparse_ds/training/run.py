@@ -29,7 +29,7 @@ from sparse_ds.config import RunConfig, UserError
 from sparse_ds.config.errors import STOPPED_EXIT_CODE, RunStoppedError
 from sparse_ds.config.methods import all_methods
 from sparse_ds.data import DataBundle, SamplePrompt, build_datasets
-from sparse_ds.data.fingerprint import fingerprint
+from sparse_ds.data.fingerprint import dataset_fingerprint
 from sparse_ds.distributed import process_group
 from sparse_ds.distributed.launch_environment import LaunchEnvironment
 from sparse_ds.distributed.watchdog import Watchdog
@@ -174,7 +174,7 @@ class _Training:
             plan = config.batch_plan(self.launch.world_size)
             checkpoint = BaseCheckpoint(self.base_folder)
             read_architecture(checkpoint)
-            base_fingerprint = checkpoint.fingerprint()
+            fingerprint = checkpoint.fingerprint()
             self.tokenizer = load_tokenizer(self.base_folder)
             self.data: DataBundle = build_datasets(
                 config.data,
@@ -185,7 +185,7 @@ class _Training:
             )
             sampler = self.sampler = GlobalOrderSampler(len(self.data.train), plan.global_batch_size, config.train.seed)
             classification = self._plan_classification()
-        require_same_base(self.base_folder, base_fingerprint)
+        require_same_base(self.base_folder, fingerprint)
         self.prepared: PreparedModel = prepare_model(
             config,
             checkpoint,
@@ -193,9 +193,8 @@ class _Training:
             classification,
             show_progress=self.is_main and config.monitor.progress_bar,
         )
-        self.identity = run_identity(
-            config, checkpoint, self.prepared, fingerprint(self.data.train), plan.global_batch_size
-        )
+        data = dataset_fingerprint(self.data.train)
+        self.identity = run_identity(config, checkpoint, self.prepared, data, plan.global_batch_size)
         check_same_run(self.identity)
         self.steps_per_epoch = len(sampler) // plan.global_batch_size
         self.resumed = self._find_resumed()

@@ -60,7 +60,7 @@ def check_same_run(identity: dict[str, Any]) -> None:
     digests = {
         key: hashlib.sha256(json.dumps(value, sort_keys=True).encode()).digest() for key, value in identity.items()
     }
-    everywhere = process_group.gather_objects(digests)
+    everywhere = process_group.gather(digests)
     for key, digest in everywhere[0].items():
         different = [rank for rank, other in enumerate(everywhere) if other.get(key) != digest]
         if different:

@@ -20,7 +20,7 @@ from sparse_ds.checkpoint.reading import Checkpoint
 from sparse_ds.checkpoint.run_folder import find_checkpoint
 from sparse_ds.checkpoint.writing import CheckpointWrite, IndexContent
 from sparse_ds.config.errors import UserError
-from sparse_ds.distributed.process_group import gather_objects, rank, world_size
+from sparse_ds.distributed.process_group import gather, rank, world_size
 from sparse_ds.training.engine_state import EngineCounters, EngineState
 
 STEPS = 16
@@ -56,7 +56,7 @@ def make_run(case: str) -> tuple[ExactRun, EngineState]:
 def save(engine: EngineState, folder: Path, step: int) -> None:
     write = CheckpointWrite(folder / f"checkpoint-{step}", step)
     slices = engine.slices(step)
-    hashes = gather_objects(write.write(slices))
+    hashes = gather(write.write(slices))
     run_state = {"engine": engine.counters().model_dump()}
     write.publish(hashes, {item.name: item.entry for item in slices}, IndexContent({}, run_state, "{}"))
 
@@ -183,20 +183,20 @@ def save_with_one_full_disk(folder: str) -> tuple[str, list[str], list[str]]:
                 sha256, problem = write.write(slices), ""
             except UserError as error:
                 sha256, problem = "", str(error)
-            problems = gather_objects(problem)
+            problems = gather(problem)
             if any(problems):
                 messages += [problem for problem in problems if problem]
                 write.abandon()
                 continue
             if rank_with_limit == 0 == rank():
                 resource.setrlimit(resource.RLIMIT_FSIZE, (100, unlimited[1]))
-            hashes = gather_objects(sha256)
+            hashes = gather(sha256)
             write.publish(hashes, {item.name: item.entry for item in slices}, IndexContent({}, {}, "x" * 1000))
         except UserError as error:
             messages.append(str(error))
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
-    gather_objects(None)
+    gather(None)
     checkpoint = find_checkpoint(Path(folder), "auto")
     assert checkpoint is not None
     return checkpoint.folder.name, messages, sorted(path.name for path in Path(folder).iterdir())

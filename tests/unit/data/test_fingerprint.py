@@ -6,7 +6,7 @@ from typing import Any
 
 from datasets import Dataset, Features, List, Value, concatenate_datasets
 
-from sparse_ds.data.fingerprint import fingerprint
+from sparse_ds.data.fingerprint import dataset_fingerprint
 
 ROWS: list[dict[str, Any]] = [
     {"input_ids": [1, 2, 3], "labels": [-100, 2, 3], "label": 0},
@@ -21,12 +21,14 @@ def dataset(rows: list[dict[str, Any]], width: str = "int32") -> Dataset:
 
 
 def test_chunks_and_widths_have_no_effect() -> None:
-    whole = fingerprint(dataset(ROWS))
-    assert fingerprint(concatenate_datasets([dataset(ROWS[:1]), dataset(ROWS[1:])])) == whole
-    assert fingerprint(dataset([*ROWS, *ROWS]).select(range(3))) == whole
-    assert fingerprint(dataset([ROWS[2], *ROWS]).select([1, 2, 3])) == whole
-    assert fingerprint(dataset(ROWS, "int64")) == whole
-    assert fingerprint(dataset(ROWS * 1001)) == fingerprint(concatenate_datasets([dataset(ROWS)] * 1001))
+    whole = dataset_fingerprint(dataset(ROWS))
+    assert dataset_fingerprint(concatenate_datasets([dataset(ROWS[:1]), dataset(ROWS[1:])])) == whole
+    assert dataset_fingerprint(dataset([*ROWS, *ROWS]).select(range(3))) == whole
+    assert dataset_fingerprint(dataset([ROWS[2], *ROWS]).select([1, 2, 3])) == whole
+    assert dataset_fingerprint(dataset(ROWS, "int64")) == whole
+    assert dataset_fingerprint(dataset(ROWS * 1001)) == dataset_fingerprint(
+        concatenate_datasets([dataset(ROWS)] * 1001)
+    )
 
 
 def test_every_change_is_seen() -> None:
@@ -44,4 +46,4 @@ def test_every_change_is_seen() -> None:
         # The same numbers cut elsewhere.
         dataset([{**ROWS[0], "input_ids": [1, 2]}, {**ROWS[1], "input_ids": [3, 4]}, ROWS[2]]),
     ]
-    assert len({fingerprint(each) for each in [dataset(ROWS), *others]}) == len(others) + 1
+    assert len({dataset_fingerprint(each) for each in [dataset(ROWS), *others]}) == len(others) + 1
