@@ -36,11 +36,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="sparse-ds", description="Sparse fine-tuning on DeepSpeed ZeRO-3.")
     commands = parser.add_subparsers(dest="command", required=True)
     _add_train_arguments(commands.add_parser("train", help="fine-tune (under any launcher, or one process)"))
+    _add_quantize_arguments(commands.add_parser("quantize", help="save a base model in NF4, which then loads faster"))
     report = commands.add_parser("report", help="compare finished runs in one table")
     report.add_argument("runs", nargs="+", type=Path, help="output folders of runs")
     arguments = parser.parse_args(argv)
     if arguments.command == "train":
         return _train(arguments)
+    if arguments.command == "quantize":
+        return _quantize(arguments)
     return _report(arguments.runs)
 
 
@@ -62,6 +65,43 @@ def _add_train_arguments(parser: argparse.ArgumentParser) -> None:
         "--resume", metavar="auto|PATH", help="go on from the newest checkpoint of the run, or from this one"
     )
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+
+
+def _add_quantize_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("base", help="folder or hub name of a 16-bit checkpoint")
+    parser.add_argument("output", type=Path, help="folder to make")
+    parser.add_argument("--revision", help="of a hub name: branch, tag or commit")
+    parser.add_argument(
+        "--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="as model.dtype of the runs"
+    )
+    parser.add_argument("--double-quantization", action="store_true", help="quantize the scales too")
+    parser.add_argument("--max-shard-size", default="5GB", help="largest file: a number followed by KB, MB or GB")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to quantize")
+    parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint that is already there")
+
+
+def _quantize(arguments: argparse.Namespace) -> int:
+    _set_up_logging(rank=0, local_rank=0)
+    try:
+        device = _choose_device(arguments.device, forced_cpu=False)
+        from sparse_ds.export.quantized import write_nf4_checkpoint
+
+        written = write_nf4_checkpoint(
+            arguments.base,
+            arguments.output,
+            revision=arguments.revision,
+            dtype=arguments.dtype,
+            double_quantization=arguments.double_quantization,
+            max_shard_size=arguments.max_shard_size,
+            device=device,
+            overwrite=arguments.overwrite,
+            show_progress=sys.stderr.isatty(),
+        )
+    except (UserError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USER_ERROR_EXIT_CODE
+    print(f"{written.folder}: {written.size_bytes / 2**30:.2f} GiB in {written.num_shards} file(s)")
+    return 0
 
 
 def _report(runs: list[Path]) -> int:
@@ -100,7 +140,7 @@ def _carry_out(config: RunConfig) -> None:
     check_accelerate_settings(config, os.environ, launch.world_size)
     clear_accelerate_settings(os.environ)
     config.batch_plan(launch.world_size)
-    _set_up_logging(launch.rank)
+    _set_up_logging(launch.rank, launch.local_rank)
     device_type = _choose_device(config.train.device, forced_cpu)
     if device_type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
@@ -137,13 +177,16 @@ def _choose_device(wanted: str, forced_cpu: bool) -> str:
     return wanted
 
 
-def _set_up_logging(rank: int) -> None:
+def _set_up_logging(rank: int, local_rank: int) -> None:
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
     ours = logging.getLogger("sparse_ds")
     ours.handlers = [handler]
     ours.propagate = False
     ours.setLevel(logging.INFO if rank == 0 else logging.ERROR)
+    # Every machine downloads the base model, and says so once.
+    download = logging.getLogger("sparse_ds.model.find_base_model")
+    download.setLevel(logging.INFO if local_rank == 0 else logging.ERROR)
     # DeepSpeed calls collectives by names that torch has begun to rename.
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*torch.distributed.*is deprecated")
     # Libraries speak only when something is wrong. accelerate's warnings are about settings that the run

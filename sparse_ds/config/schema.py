@@ -63,13 +63,17 @@ class ModelConfig(_Section):
     revision: Text | None = None
     """Branch, tag or commit of a model on the hub; null: its default branch."""
     quantization: Literal["nf4", "none"] = "nf4"
-    """How the frozen weights of the target linears are kept: 4-bit NF4 in blocks of 64, or as they are."""
+    """How the frozen weights of the target linears are kept: 4-bit NF4 in blocks of 64, or in `model.dtype`. A
+    checkpoint that is in NF4 already is read as it is, or dequantized."""
     double_quantization: bool = False
     """Quantize the NF4 statistics too (0.37 bits less per weight)."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """The dtype in which the model computes and in which everything that is not quantized is kept."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """The attention implementation of transformers; `flash_attention_2` needs the flash-attn package and a GPU."""
+    unused_tensors: list[Text] = []
+    """Names (or patterns with * and ?) of tensors that the checkpoint holds and the architecture in its config.json
+    does not have. Any other such tensor is refused: without it the model would be another one."""
     task: Literal["causal_lm", "sequence_classification"] = "causal_lm"
     """`causal_lm`: the next token; `sequence_classification`: one label per text, by a linear head on the last token,
     which takes the place of the vocabulary and trains as a whole."""
@@ -232,8 +236,15 @@ class CheckpointConfig(_Section):
     """Save after every so many optimizer steps, 1 or more; null: never."""
     keep: PositiveInt = 2
     """How many of the latest checkpoints stay, 1 or more."""
+    best: bool = False
+    """The checkpoint with the lowest held-out loss stays too; for checkpoints at whose step the run evaluates."""
+    background: bool = False
+    """Write while training goes on, from a copy in the host's memory (about 20 bytes per active weight / ranks)."""
+    on_save_error: Literal["stop", "continue"] = "stop"
+    """When a checkpoint cannot be written (disk full): `stop` the run, or `continue` without it. Older ones stay."""
     resume: Text | None = None
-    """`auto`: go on from the latest checkpoint of `train.output_dir`; a path: from that one; null: begin anew."""
+    """`auto`: go on from the latest checkpoint of `train.output_dir`, or begin if there is none yet; a path: go on from
+    that one; null: begin anew."""
 
 
 class ExportConfig(_Section):

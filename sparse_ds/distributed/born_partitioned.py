@@ -25,6 +25,13 @@ FillPartition = Callable[[Tensor, int], None]
 """`fill(slice, start)` writes elements [start, start + len(slice)) of the flat tensor into the 1-D `slice`."""
 
 
+def partition_range(num_elements: int, rank: int, world_size: int) -> tuple[int, int]:
+    """[start, stop) of the flat elements that `rank` owns of a parameter of `num_elements`; empty ranges start at N."""
+    partition_size = -(-num_elements // world_size)
+    start = min(rank * partition_size, num_elements)
+    return start, min(start + partition_size, num_elements)
+
+
 class PartitionedParameters:
     """Makes ZeRO-3 parameters from their local slices.
 
@@ -37,9 +44,9 @@ class PartitionedParameters:
         self._init = Init(remote_device=None if offload_device == "none" else offload_device, pin_memory=pin_memory)
 
     def make(
-        self, shape: tuple[int, ...], dtype: torch.dtype, fill: FillPartition, *, requires_grad: bool
+        self, shape: tuple[int, ...], dtype: torch.dtype, fill: FillPartition | None = None, *, requires_grad: bool
     ) -> Parameter:
-        """One parameter of `shape`, of which this rank holds only its slice.
+        """One parameter of `shape`, of which this rank holds only its slice; zeros where nothing fills it.
 
         Memory: the partition. Collectives: none. Every rank must make the same parameters in the same order
         (DeepSpeed numbers them).
@@ -55,10 +62,9 @@ class PartitionedParameters:
         partition = torch.zeros(partition_size, dtype=dtype, device=self._init.remote_device)
         if self._init.pin_memory:
             partition = partition.pin_memory()
-        start = min(rank * partition_size, num_elements)
-        num_real = min(partition_size, num_elements - start)
-        if num_real > 0:
-            fill(partition.narrow(0, 0, num_real), start)
+        start, stop = partition_range(num_elements, rank, world_size)
+        if fill is not None and stop > start:
+            fill(partition.narrow(0, 0, stop - start), start)
         parameter.ds_tensor = partition
         parameter.ds_tensor.ds_numel = partition_size
         parameter.ds_tensor.status = PartitionedParamStatus.AVAILABLE

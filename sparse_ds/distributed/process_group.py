@@ -7,6 +7,7 @@ import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import TypeVar
 
 import deepspeed
 import deepspeed.comm as dist
@@ -16,6 +17,8 @@ from deepspeed.constants import default_pg_timeout
 
 from sparse_ds.config.errors import UserError
 from sparse_ds.distributed.last_collective import keep_few_records
+
+T = TypeVar("T")
 
 SHARED_MEMORY_OP = "deepspeed_shm_comm"
 """DeepSpeed's name (`ShareMemCommBuilder.NAME`) of its own collectives for ranks on one machine's CPU."""
@@ -76,6 +79,17 @@ def world_size() -> int:
     return int(torch.distributed.get_world_size()) if torch.distributed.is_initialized() else 1
 
 
+def gather(value: T) -> list[T]:
+    """What every rank gave, in the order of ranks.
+
+    Collectives: one gather of small pickled objects; every rank must call it.
+    """
+    values = [value] * world_size()
+    if torch.distributed.is_initialized():
+        torch.distributed.all_gather_object(values, value)
+    return values
+
+
 @contextmanager
 def agreement(what: str) -> Iterator[None]:
     """All ranks leave this context together: if the body fails on some ranks, every rank raises.
@@ -108,3 +122,21 @@ def agreement(what: str) -> Iterator[None]:
     if from_user:
         raise UserError(f"{message}{where}") from failure
     raise RuntimeError(f"{what} failed{where}: {kind}: {message}") from failure
+
+
+def from_rank_0(what: str, make: Callable[[], T]) -> T:
+    """What `make()` returns on rank 0, on every rank; if it fails there, every rank raises as in `agreement`.
+
+    Args:
+        what: what `make` does, for the message.
+        make: called on rank 0 only; must not communicate. Its result is small.
+
+    Collectives: an agreement and one broadcast; every rank must call it.
+    """
+    made: list[T | None] = [None]
+    with agreement(what):
+        if rank() == 0:
+            made[0] = make()
+    if torch.distributed.is_initialized():
+        torch.distributed.broadcast_object_list(made, src=0)
+    return made[0]  # type: ignore[return-value]

@@ -36,21 +36,29 @@ class WrittenCheckpoint:
     size_bytes: int
 
 
-def plan_shards(layout: Mapping[str, Tensor], *, dtype: str, max_shard_size: str | int) -> dict[str, list[str]]:
+def plan_shards(
+    layout: Mapping[str, Tensor],
+    *,
+    dtype: str,
+    max_shard_size: str | int,
+    other_dtypes: Mapping[str, torch.dtype] | None = None,
+) -> dict[str, list[str]]:
     """File name -> the tensors in it. `write_checkpoint` asks for the tensors in exactly this order.
 
     Args:
         layout: tensor name -> tensor with its shape (a meta tensor is enough).
         dtype: "bfloat16", "float16" or "float32", of the stored tensors.
         max_shard_size: "5GB", "500MB" or a number of bytes. A larger tensor gets a file of its own.
+        other_dtypes: of the tensors that are not stored in `dtype`.
 
     Raises:
         UserError: unknown dtype or shard size.
     """
     if dtype not in DTYPES:
         raise UserError(f"export.merged_dtype is {dtype!r}; expected one of {', '.join(DTYPES)}.")
+    dtype_of = dict.fromkeys(layout, DTYPES[dtype]) | dict(other_dtypes or {})
     stored = {
-        name: torch.empty(layout[name].shape, dtype=DTYPES[dtype], device="meta")
+        name: torch.empty(layout[name].shape, dtype=dtype_of[name], device="meta")
         for name in sorted(layout, key=_natural_order)
     }
     try:
@@ -72,6 +80,7 @@ def write_checkpoint(
     model_card: str | Callable[[], str],
     config_changes: Mapping[str, Any] | None = None,
     dtype: str = "bfloat16",
+    other_dtypes: Mapping[str, torch.dtype] | None = None,
     max_shard_size: str | int = "5GB",
     overwrite: bool = False,
 ) -> WrittenCheckpoint:
@@ -87,8 +96,9 @@ def write_checkpoint(
         base_folder: its config.json (with the dtype changed) and generation_config.json are taken over.
         tokenizer_folder: its tokenizer and chat template are taken over.
         model_card: text of README.md; a function is called after the last tensor.
-        config_changes: entries of config.json that differ from the base's.
+        config_changes: entries of config.json that differ from the base's (whose quantization is left out).
         dtype: "bfloat16", "float16" or "float32".
+        other_dtypes: of the tensors that are not stored in `dtype`.
         max_shard_size: as in `plan_shards`.
         overwrite: replace a checkpoint that is already in `output`.
 
@@ -97,9 +107,10 @@ def write_checkpoint(
         RuntimeError: not enough room on the disk, or writing failed; nothing is left behind.
     """
     output = Path(output)
-    shards = plan_shards(layout, dtype=dtype, max_shard_size=max_shard_size)
+    shards = plan_shards(layout, dtype=dtype, max_shard_size=max_shard_size, other_dtypes=other_dtypes)
+    dtype_of = dict.fromkeys(layout, DTYPES[dtype]) | dict(other_dtypes or {})
     num_weights = sum(tensor.numel() for tensor in layout.values())
-    size_bytes = num_weights * DTYPES[dtype].itemsize
+    size_bytes = sum(tensor.numel() * dtype_of[name].itemsize for name, tensor in layout.items())
     tokenizer_files = [tokenizer_folder / name for name in TOKENIZER_FILES if (tokenizer_folder / name).is_file()]
     if not tokenizer_files:
         raise UserError(
@@ -114,7 +125,7 @@ def write_checkpoint(
             )
         try:
             for file_name, names in shards.items():
-                tensors = {name: _stored_tensor(name, read(name), layout[name].shape, DTYPES[dtype]) for name in names}
+                tensors = {name: _stored_tensor(name, read(name), layout[name].shape, dtype_of[name]) for name in names}
                 save_file(tensors, partial / file_name, metadata={"format": "pt"})
                 del tensors
             if len(shards) > 1:
@@ -124,6 +135,7 @@ def write_checkpoint(
                 }
                 _write_json(partial / WEIGHTS_INDEX_FILE, index)
             config = json.loads((base_folder / "config.json").read_text(encoding="utf-8"))
+            config.pop("quantization_config", None)
             # `dtype` is the name since transformers 4.56; older versions and other engines read `torch_dtype`.
             changes = {**(config_changes or {}), "dtype": dtype, "torch_dtype": dtype}
             _write_json(partial / "config.json", {**config, **changes})

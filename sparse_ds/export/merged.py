@@ -24,7 +24,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     PreTrainedModel,
@@ -36,8 +35,10 @@ from sparse_ds.export.checkpoint_writer import DTYPES, WrittenCheckpoint, write_
 from sparse_ds.export.classifier import classifier_config
 from sparse_ds.export.model_card import merged_model_card
 from sparse_ds.kernels.apply_deltas import apply_deltas_, hidden_counts
-from sparse_ds.kernels.nf4 import dequantize_nf4, quantize_nf4
-from sparse_ds.model.base_checkpoint import BaseCheckpoint, find_base_model
+from sparse_ds.model.base_checkpoint import BaseCheckpoint
+from sparse_ds.model.build import read_architecture
+from sparse_ds.model.find_base_model import find_base_model
+from sparse_ds.model.frozen_weight import read_frozen
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def merge_adapter(
     """Write base + adapter as a dense checkpoint folder; all of it or nothing.
 
     Args:
-        base: folder or hub name of the original (unquantized) checkpoint that the adapter was trained on.
+        base: folder or hub name of the checkpoint that the adapter was trained on (16 bits or NF4).
         adapter: folder of the adapter, or the result of `load_adapter`.
         output: folder to make.
         revision: of a hub base. None: the one the adapter names, if it names the same base.
@@ -125,35 +126,23 @@ class _Merge:
     def read(self, name: str) -> Tensor:
         if name in self._adapter.config.dense_shapes:
             return self._adapter.read_dense(name)
-        stored = self._checkpoint.read(name)
-        if tuple(stored.shape) != self._shapes[name] or not stored.is_floating_point():
-            raise UserError(
-                f"Tensor '{name}' of base '{self._checkpoint.folder}' has shape {list(stored.shape)} and dtype "
-                f"{stored.dtype}, expected shape {list(self._shapes[name])} from its config.json and a floating dtype."
-            )
-        if name not in self._module_by_tensor:
-            # A copy, because two names may lie on one storage in a `.bin` file, which safetensors refuses to write.
-            return stored.to(self._dtype, copy=True)
-        weight_OI = self._training_weight(stored)
+        trained, shape = self._adapter.config.base, self._shapes[name]
+        is_target = name in self._module_by_tensor
+        weight_OI = read_frozen(
+            self._checkpoint,
+            name,
+            shape,
+            self._dtype,
+            nf4=is_target and len(shape) > 1 and trained.quantization == "nf4",
+            double_quantization=trained.double_quantization,
+            device=self._device if is_target else "cpu",
+        )
+        if not is_target:
+            return weight_OI
         indices_K, values_K = self._adapter.read(self._module_by_tensor[name])
         deltas = Deltas(indices_K.to(self._device), values_K.to(self._device))
         self._count(weight_OI, deltas)
         return apply_deltas_(weight_OI, deltas.indices, deltas.values)
-
-    def _training_weight(self, stored: Tensor) -> Tensor:
-        """The frozen base weight as the training saw it: a new tensor on the device."""
-        if self._adapter.config.base.quantization == "none" or stored.dim() == 1:
-            return stored.to(self._device, self._dtype, copy=True).contiguous()
-        quantized = quantize_nf4(
-            stored.to(self._device, self._dtype), double_quantization=self._adapter.config.base.double_quantization
-        )
-        return dequantize_nf4(
-            quantized.packed,
-            quantized.absmax,
-            quantized.nested_statistics,
-            shape=quantized.shape,
-            dtype=quantized.dtype,
-        )
 
     def _count(self, weight_OI: Tensor, deltas: Deltas) -> None:
         weights_K = weight_OI.view(-1).index_select(0, deltas.indices)
@@ -172,12 +161,7 @@ def _config_changes(checkpoint: BaseCheckpoint, adapter: Adapter) -> dict[str, A
 
 def _layout(checkpoint: BaseCheckpoint, adapter: Adapter) -> dict[str, Tensor]:
     """Parameter name -> meta tensor, of the architecture in config.json; tied parameters once, stale buffers never."""
-    if "quantization_config" in checkpoint.config:
-        raise UserError(
-            f"Base '{checkpoint.folder}' is already quantized ('quantization_config' in its config.json). Give the "
-            "original 16-bit or 32-bit checkpoint; its quantization is repeated exactly as in training."
-        )
-    config = AutoConfig.from_pretrained(checkpoint.folder)
+    config = read_architecture(checkpoint)
     model_class = AutoModelForCausalLM
     if adapter.config.labels is not None:
         model_class = AutoModelForSequenceClassification

@@ -22,6 +22,7 @@ from torch import Tensor
 
 BLOCK_SIZE = 64
 """Weights per fp32 scale (QLoRA, section 3)."""
+CPU = torch.device("cpu")
 NESTED_BLOCK_SIZE = 256
 """Scales per second-level scale under double quantization (QLoRA, section 3)."""
 
@@ -54,6 +55,49 @@ def nf4_sizes(num_elements: int) -> NF4Sizes:
     )
 
 
+def quantize_blocks(weights_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantize whole blocks of a flat weight: what a block becomes does not depend on the others.
+
+    Args:
+        weights_N: [N], bf16, fp16 or fp32, beginning at a multiple of 64 of the matrix and ending at one or at its end.
+
+    Returns:
+        (packed uint8 [ceil(N / 2)], scales fp32 [ceil(N / 64)]).
+    """
+    packed, state = bnb.quantize_4bit(weights_N.contiguous(), blocksize=BLOCK_SIZE, quant_type="nf4")
+    return packed.reshape(-1), state.absmax
+
+
+def scales_offset(scales_B: Tensor) -> Tensor:
+    """The offset of double quantization: the mean of all scales of a matrix, a scalar fp32 tensor.
+
+    On the CPU torch's mean depends on the number of threads in its last digits. Here it is always that of one thread,
+    so that ranks and machines with any number of cores agree (and with bitsandbytes, when it has one thread).
+    """
+    if scales_B.device.type != "cpu":
+        return scales_B.mean()
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return scales_B.mean()
+    finally:
+        torch.set_num_threads(num_threads)
+
+
+def quantize_scales(scales_B: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
+    """The second level of double quantization, of whole blocks of 256 scales: they do not depend on each other.
+
+    Args:
+        scales_B: fp32 [B], beginning at a multiple of 256 of the matrix's scales and ending at one or at their end.
+        offset: from `scales_offset` of all of them.
+
+    Returns:
+        (codes uint8 [B], scales of the scales fp32 [ceil(B / 256)]).
+    """
+    codes_B, state = bnb.quantize_blockwise(scales_B - offset, blocksize=NESTED_BLOCK_SIZE)
+    return codes_B, state.absmax.float()
+
+
 def quantize_nf4(weight: Tensor, *, double_quantization: bool) -> NF4Tensor:
     """Quantize `weight` to NF4 in blocks of 64.
 
@@ -64,19 +108,13 @@ def quantize_nf4(weight: Tensor, *, double_quantization: bool) -> NF4Tensor:
     Returns:
         The stored tensors, flat and contiguous, on the device of `weight`.
     """
-    packed, state = bnb.quantize_4bit(
-        weight.contiguous(), blocksize=BLOCK_SIZE, compress_statistics=double_quantization, quant_type="nf4"
-    )
+    packed, absmax = quantize_blocks(weight.reshape(-1))
     nested_statistics = None
     if double_quantization:
-        nested_statistics = torch.cat([state.state2.absmax.float(), state.offset.float().reshape(1)])
-    return NF4Tensor(
-        packed=packed.reshape(-1),
-        absmax=state.absmax,
-        nested_statistics=nested_statistics,
-        shape=tuple(weight.shape),
-        dtype=weight.dtype,
-    )
+        offset = scales_offset(absmax)
+        absmax, nested_absmax = quantize_scales(absmax, offset)
+        nested_statistics = torch.cat([nested_absmax, offset.reshape(1)])
+    return NF4Tensor(packed, absmax, nested_statistics, tuple(weight.shape), weight.dtype)
 
 
 def dequantize_nf4(
@@ -102,7 +140,7 @@ def dequantize_nf4(
         shape=torch.Size(shape),
         dtype=dtype,
         blocksize=BLOCK_SIZE,
-        code=_nf4_code(packed.device),
+        code=nf4_code(packed.device),
         quant_type="nf4",
     )
     if nested_statistics is not None:
@@ -111,7 +149,7 @@ def dequantize_nf4(
         state.state2 = bnb.QuantState(
             absmax=nested_statistics[:-1],
             blocksize=NESTED_BLOCK_SIZE,
-            code=_dynamic_code(packed.device),
+            code=scale_code(packed.device),
             dtype=torch.float32,
         )
     dense: Tensor = bnb.dequantize_4bit(packed.reshape(-1, 1), quant_state=state)
@@ -120,12 +158,14 @@ def dequantize_nf4(
 
 
 @functools.cache
-def _nf4_code(device: torch.device) -> Tensor:
+def nf4_code(device: torch.device = CPU) -> Tensor:
+    """[16] fp32, what a code means as a share of its block's scale."""
     code: Tensor = bnb.get_4bit_type("nf4", device=device)
     return code
 
 
 @functools.cache
-def _dynamic_code(device: torch.device) -> Tensor:
+def scale_code(device: torch.device = CPU) -> Tensor:
+    """[256] fp32, the same for a scale under double quantization."""
     code: Tensor = bnb.create_dynamic_map().to(device)
     return code

@@ -1,4 +1,4 @@
-"""The files of a base model: which tensor lies in which file, read one tensor at a time.
+"""The files of a base model: which tensor lies in which file, read whole or by ranges of elements.
 
 Formats: one `model.safetensors`, or several with `model.safetensors.index.json`; `pytorch_model.bin` (one or several)
 as a fallback, memory-mapped.
@@ -6,19 +6,16 @@ as a fallback, memory-mapped.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import logging
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sparse_ds.config.errors import UserError
-from sparse_ds.embedded import resolve_model
+from sparse_ds.model.weight_files import BinFile, SafetensorsFile, StoredTensor, UnreadableFileError, WeightFile
 
 logger = logging.getLogger(__name__)
 
@@ -35,55 +32,6 @@ TOKENIZER_FILES = (
 SAFETENSORS, BIN = "model.safetensors", "pytorch_model.bin"
 
 
-def find_base_model(name_or_path: str, revision: str | None = None) -> Path:
-    """Folder with the files of a base model.
-
-    Args:
-        name_or_path: "embedded", a local folder, or a hub name "owner/name" (downloaded once per machine: concurrent
-            callers wait for each other on huggingface_hub's file locks).
-        revision: branch, tag or commit of a hub name.
-
-    Raises:
-        UserError: nothing of that name.
-    """
-    local = Path(resolve_model(name_or_path)).expanduser()
-    if local.is_dir():
-        return local
-    is_hub_name = name_or_path.count("/") == 1 and not name_or_path.startswith((".", "/", "~")) and not local.exists()
-    if is_hub_name:
-        return _download(name_or_path, revision)
-    parent = local.parent if local.parent.is_dir() else Path()
-    near = difflib.get_close_matches(local.name, [path.name for path in parent.iterdir() if path.is_dir()], n=1)
-    hint = f" Did you mean {parent / near[0]}?" if near else ""
-    raise UserError(
-        f"model.name_or_path: got {name_or_path!r}, which is no folder (looked in {Path.cwd()}); expected `embedded`, "
-        f"a local folder with config.json and *.safetensors, or a hub name like owner/name.{hint}"
-    )
-
-
-def _download(name: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    def fetch(patterns: list[str]) -> Path:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
-
-    try:
-        folder = fetch(["*.json", *TOKENIZER_FILES])
-        # Repositories may hold the same weights in several forms (Mistral: consolidated.safetensors): take one.
-        for weights in (SAFETENSORS, BIN):
-            if (folder / f"{weights}.index.json").is_file():
-                return fetch(sorted(set(_read_index(folder / f"{weights}.index.json").values())))
-        folder = fetch([SAFETENSORS])
-        return folder if (folder / SAFETENSORS).is_file() else fetch([BIN])
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        first_line = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise UserError(
-            f"model.name_or_path: {name!r} is no local folder and could not be had from the hub ({first_line}). "
-            "Check the name, log in with `hf auth login` for a gated model, or give the path of a local copy."
-        ) from error
-
-
 class BaseCheckpoint:
     """Reads the weights of a base model from a local folder.
 
@@ -91,25 +39,30 @@ class BaseCheckpoint:
         folder: with config.json and weights.
 
     Raises:
-        UserError: no config.json, no weights, an index that names a missing file, an unreadable file.
+        UserError: no config.json, no weights, an index that names a missing file or tensor, a damaged file.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.config = _read_json(folder / "config.json")
-        self.is_safetensors = True
+        self.config = read_json(folder / "config.json")
+        self.bytes_read = 0
+        """Bytes of tensors that were read so far (headers excluded)."""
+        self._files: dict[str, WeightFile] = {}
         self._file_of: dict[str, str] = {}
-        self._bin_files: dict[str, dict[str, Tensor]] = {}
         for weights in (SAFETENSORS, BIN):
             if (folder / f"{weights}.index.json").is_file():
                 self._file_of = self._check_index(f"{weights}.index.json")
             elif (folder / weights).is_file():
-                self._file_of = dict.fromkeys(self._names_in(weights), weights)
+                self._file_of = dict.fromkeys(self._open(weights).tensors, weights)
             else:
                 continue
             self.is_safetensors = weights == SAFETENSORS
             if not self.is_safetensors:
-                logger.warning("%s has no safetensors weights: reading its %s files instead", folder, BIN)
+                logger.warning(
+                    "%s has no safetensors weights: reading its %s files instead, which are mapped into memory",
+                    folder,
+                    BIN,
+                )
             return
         raise UserError(
             f"model.name_or_path: {folder} holds no weights; expected {SAFETENSORS} or {BIN}, or one of them in shards "
@@ -122,22 +75,35 @@ class BaseCheckpoint:
     @property
     def names(self) -> list[str]:
         """Tensor names in the order of the files, so that reading them in this order reads every file once."""
-        return sorted(self._file_of, key=lambda name: (self._file_of[name], name))
+        return sorted(self._file_of, key=lambda name: (self._file_of[name], self.stored(name).offset, name))
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(self.stored(name).num_bytes for name in self._file_of)
+
+    def stored(self, name: str) -> StoredTensor:
+        """Dtype and shape of a tensor; nothing of it is read."""
+        return self._files[self._file_of[name]].tensors[name]
 
     def read(self, name: str) -> Tensor:
-        """One tensor as it is stored, on CPU."""
+        """One whole tensor as it is stored, on the CPU."""
+        stored = self.stored(name)
+        return self.read_range(name, 0, stored.num_elements).view(stored.shape)
+
+    def read_range(self, name: str, start: int, stop: int) -> Tensor:
+        """Elements [start, stop) of the flat tensor: a new tensor [stop - start] on the CPU, in the stored dtype.
+
+        Raises:
+            UserError: the file cannot be read there.
+        """
         file_name = self._file_of[name]
-        if file_name.endswith(".bin"):
-            tensors = self._bin_tensors(file_name)
-            if name not in tensors:
-                raise self._unreadable(file_name, KeyError(f"no tensor {name}"))
-            return tensors[name]
-        with self._open(file_name) as file:
-            try:
-                tensor: Tensor = file.get_tensor(name)
-            except (SafetensorError, OSError) as error:
-                raise self._unreadable(file_name, error) from error
-            return tensor
+        try:
+            elements = self._files[file_name].read(name, start, stop)
+        except UnreadableFileError as error:
+            raise self._unreadable(file_name, error) from error
+        self.bytes_read += elements.numel() * elements.element_size()
+        return elements
 
     def fingerprint(self) -> str:
         """sha256 over config.json and what the weight files say of their tensors (names, shapes, places); not over the
@@ -151,53 +117,56 @@ class BaseCheckpoint:
                     digest.update(file.read(int.from_bytes(file.read(8), "little")))
         return digest.hexdigest()
 
-    def _names_in(self, file_name: str) -> list[str]:
-        if file_name.endswith(".bin"):
-            return list(self._bin_tensors(file_name))
-        with self._open(file_name) as file:
-            return list(file.keys())
-
-    def _open(self, file_name: str) -> Any:
+    def _open(self, file_name: str) -> WeightFile:
+        kind = BinFile if file_name.endswith(".bin") else SafetensorsFile
         try:
-            return safe_open(self.folder / file_name, framework="pt")
-        except (SafetensorError, OSError) as error:
+            file = self._files[file_name] = kind(self.folder / file_name)
+        except UnreadableFileError as error:
             raise self._unreadable(file_name, error) from error
+        return file
 
-    def _bin_tensors(self, file_name: str) -> dict[str, Tensor]:
-        if file_name not in self._bin_files:
-            try:
-                content = torch.load(self.folder / file_name, map_location="cpu", mmap=True, weights_only=True)
-            except Exception as error:  # torch.load raises whatever its unpickler meets
-                raise self._unreadable(file_name, error) from error
-            self._bin_files[file_name] = {k: v for k, v in content.items() if isinstance(v, Tensor)}
-        return self._bin_files[file_name]
-
-    def _check_index(self, file_name: str) -> dict[str, str]:
-        weight_map = _read_index(self.folder / file_name)
-        missing = sorted({name for name in weight_map.values() if not (self.folder / name).is_file()})
+    def _check_index(self, index_name: str) -> dict[str, str]:
+        weight_map = read_index(self.folder / index_name)
+        file_names = sorted(set(weight_map.values()))
+        # A name with a folder in it is no file of this checkpoint.
+        missing = [name for name in file_names if Path(name).name != name or not (self.folder / name).is_file()]
         if missing:
             raise UserError(
-                f"model.name_or_path: {self.folder / file_name} names {len(missing)} missing file(s): "
+                f"model.name_or_path: {self.folder / index_name} names {len(missing)} missing file(s): "
                 f"{', '.join(missing[:3])}. Get the checkpoint again, complete."
+            )
+        for name in file_names:
+            self._open(name)
+        absent = [name for name, file_name in weight_map.items() if name not in self._files[file_name].tensors]
+        if absent:
+            raise UserError(
+                f"model.name_or_path: {self.folder / weight_map[absent[0]]} has no tensor {absent[0]!r}, which "
+                f"{index_name} says ({len(absent)} in all). Index and files are of different checkpoints: get them "
+                "again."
             )
         return weight_map
 
     def _unreadable(self, file_name: str, error: Exception) -> UserError:
-        first_line = str(error).strip().partition("\n")[0]
         return UserError(
-            f"model.name_or_path: {self.folder / file_name} cannot be read ({first_line}); it is truncated or damaged. "
+            f"model.name_or_path: {self.folder / file_name} cannot be read ({error}); it is truncated or damaged. "
             "Get the file again."
         )
 
 
-def _read_index(path: Path) -> dict[str, str]:
-    weight_map = _read_json(path).get("weight_map")
+def read_index(path: Path) -> dict[str, str]:
+    """Name of a tensor -> file that holds it, from an .index.json."""
+    weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"model.name_or_path: {path} has no `weight_map`; get the file again.")
     return dict(weight_map)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of a checkpoint.
+
+    Raises:
+        UserError: no such file, or not a JSON object.
+    """
     if not path.is_file():
         raise UserError(
             f"model.name_or_path: {path.parent} has no {path.name}; expected the folder of a transformers checkpoint."

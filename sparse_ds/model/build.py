@@ -1,7 +1,9 @@
 """Build the model that trains: every parameter born partitioned under ZeRO-3, target layers made sparse.
 
-The model is first created without storage (meta device), so nothing is allocated twice. Then each tensor of the base
-checkpoint is read once, one at a time; a rank quantizes target weights, keeps its own slice and drops the rest.
+empty_model         the architecture, without storage (meta device)
+plan_layouts        which weights of which layers are active
+build_..._model     partitioned parameters in their places; the tensors of the base are still zeros
+load_base           fills them (`model.loading`)
 """
 
 from __future__ import annotations
@@ -10,6 +12,8 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,9 +30,11 @@ from transformers import (
 
 from sparse_ds.config.errors import UserError
 from sparse_ds.distributed.born_partitioned import PartitionedParameters, slice_of
-from sparse_ds.kernels.nf4 import quantize_nf4
+from sparse_ds.kernels.nf4 import nf4_sizes
 from sparse_ds.model.base_checkpoint import BaseCheckpoint
+from sparse_ds.model.base_tensors import BaseSettings
 from sparse_ds.model.classification_head import Classification
+from sparse_ds.model.stored_nf4 import is_bitsandbytes_nf4
 from sparse_ds.model.targets import find_norms, find_targets
 from sparse_ds.selection.bernoulli_subset import bernoulli_subset
 from sparse_ds.selection.random_subset import random_subset
@@ -39,16 +45,6 @@ from sparse_ds.sparse.sparse_vector import SparseRMSNorm, SparseVector
 logger = logging.getLogger(__name__)
 
 SUPPORTED_MODEL_TYPES = ("llama", "mistral")
-
-
-@dataclass(frozen=True)
-class BaseSettings:
-    """How the frozen base is held."""
-
-    dtype: torch.dtype
-    nf4: bool
-    double_quantization: bool
-    attention: str
 
 
 @dataclass(frozen=True)
@@ -68,28 +64,41 @@ class SparseSettings:
     """Entries of the weights of all norms train too."""
 
 
+def check_model_type(config: Mapping[str, Any], folder: Path) -> None:
+    """Raises UserError: the architecture that config.json names is not supported."""
+    model_type = config.get("model_type")
+    if model_type in SUPPORTED_MODEL_TYPES:
+        return
+    # `auto_map` names Python files of the repository.
+    remote = " that needs code of its repository, and remote code is never executed" if "auto_map" in config else ""
+    raise UserError(
+        f"model.name_or_path: {folder} is a {model_type!r} model{remote}; expected one of "
+        f"{', '.join(SUPPORTED_MODEL_TYPES)}."
+    )
+
+
 def read_architecture(checkpoint: BaseCheckpoint) -> PretrainedConfig:
     """What config.json says of the model.
 
     Raises:
-        UserError: an architecture that is not supported, a checkpoint that is already quantized, or a value that
-            transformers refuses.
+        UserError: an architecture that is not supported, a quantization other than NF4, or a value that transformers
+            refuses.
     """
-    model_type = checkpoint.config.get("model_type")
-    if model_type not in SUPPORTED_MODEL_TYPES:
+    check_model_type(checkpoint.config, checkpoint.folder)
+    quantization = checkpoint.config.get("quantization_config")
+    if quantization is not None and not is_bitsandbytes_nf4(quantization):
         raise UserError(
-            f"model.name_or_path: {checkpoint.folder} is a {model_type!r} model; expected one of "
-            f"{', '.join(SUPPORTED_MODEL_TYPES)}."
-        )
-    if checkpoint.config.get("quantization_config") is not None:
-        raise UserError(
-            f"model.name_or_path: {checkpoint.folder} is already quantized (`quantization_config` in its config.json); "
-            "give the 16-bit checkpoint and set model.quantization=nf4."
+            f"model.name_or_path: {checkpoint.folder} is quantized by {quantization.get('quant_method')!r} "
+            f"({quantization.get('bnb_4bit_quant_type', 'no 4-bit type')}); expected a 16-bit checkpoint, or "
+            "bitsandbytes NF4."
         )
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(checkpoint.folder)
     except Exception as error:  # whatever transformers finds in it
         raise _refused_config(checkpoint, error) from error
+    if quantization is not None:
+        # The base is quantized here or read as it is; transformers must not do it as well.
+        del config.quantization_config
     return config
 
 
@@ -203,47 +212,55 @@ def initial_indices(layout: SparseLayout, sparse: SparseSettings, name: str) -> 
     return random_subset(layout.num_elements, layout.num_active, seed=sparse.seed, name=name)
 
 
+BaseParameters = dict[str, dict[str, Parameter]]
+"""Name of a tensor in the checkpoint -> the parameters that hold it, by role (as in `model.filling.BaseTensor`)."""
+
+
 def build_sparse_model(
-    checkpoint: BaseCheckpoint,
     model: PreTrainedModel,
     layouts: dict[str, SparseLayout],
     base: BaseSettings,
     sparse: SparseSettings,
     partitioned: PartitionedParameters,
-    device: torch.device,
     vectors: Mapping[str, SparseLayout] | None = None,
-) -> None:
-    """Fill `model` (from `empty_model`) in place: target layers become `SparseLinear`, everything else is frozen.
+) -> BaseParameters:
+    """Give `model` (from `empty_model`) its parameters: target layers become `SparseLinear`, everything is frozen but
+    the values.
 
     Args:
+        model: changed in place.
+        layouts: of the target layers (`plan_layouts`).
+        base: dtype and quantization.
         sparse: which weights train.
-        device: where tensors are quantized.
+        partitioned: makes parameters.
         vectors: layouts of the biases and norms that train sparsely (`plan_vector_layouts`).
 
-    Memory: the partitions, plus one full tensor at a time.
+    Returns:
+        The parameters that are to be loaded, zeros now.
+
+    Memory: the partitions, and the indices of one matrix at a time.
     Collectives: none; every rank must call it with the same arguments.
     """
     vectors = vectors or {}
+    made: BaseParameters = {}
     for name, layout in layouts.items():
-        make = _SparseMaker(checkpoint, name, layout, base, sparse, partitioned, device)
+        make = _SparseMaker(layout, base, sparse, partitioned, made)
         has_bias = model.get_submodule(name).bias is not None
-        _replace(model, name, make.layer(has_bias=has_bias, bias_layout=vectors.get(f"{name}.bias")))
+        _replace(model, name, make.layer(name, has_bias=has_bias, bias_layout=vectors.get(f"{name}.bias")))
     for name, layout in vectors.items():
         if not name.endswith(".bias"):
-            make = _SparseMaker(checkpoint, name, layout, base, sparse, partitioned, device)
+            make = _SparseMaker(layout, base, sparse, partitioned, made)
             eps = model.get_submodule(name).variance_epsilon
-            _replace(model, name, SparseRMSNorm(layout, make.vector_tensors(name, f"{name}.weight", layout), eps))
-    _fill_remaining(checkpoint, model, base.dtype, partitioned, trainable=False)
+            _replace(model, name, SparseRMSNorm(layout, make.vector_tensors(name, f"{name}.weight"), eps))
+    _make_remaining(model, base.dtype, partitioned, made, trainable=False)
+    return made
 
 
-def build_dense_model(
-    checkpoint: BaseCheckpoint, model: PreTrainedModel, base: BaseSettings, partitioned: PartitionedParameters
-) -> None:
-    """Fill `model` in place with every weight trainable (method `full`).
-
-    Memory, collectives: as `build_sparse_model`.
-    """
-    _fill_remaining(checkpoint, model, base.dtype, partitioned, trainable=True)
+def build_dense_model(model: PreTrainedModel, base: BaseSettings, partitioned: PartitionedParameters) -> BaseParameters:
+    """Give `model` parameters that all train (method `full`). Returns, memory, collectives: as `build_sparse_model`."""
+    made: BaseParameters = {}
+    _make_remaining(model, base.dtype, partitioned, made, trainable=True)
+    return made
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -252,103 +269,80 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 class _SparseMaker:
-    """Makes one sparse module from the checkpoint's tensors."""
+    """Makes one sparse module; what is to be loaded is noted in `made`."""
 
     def __init__(
         self,
-        checkpoint: BaseCheckpoint,
-        name: str,
         layout: SparseLayout,
         base: BaseSettings,
         sparse: SparseSettings,
         partitioned: PartitionedParameters,
-        device: torch.device,
+        made: BaseParameters,
     ) -> None:
-        self.checkpoint, self.name, self.layout, self.base, self.sparse = checkpoint, name, layout, base, sparse
-        self.partitioned, self.device = partitioned, device
+        self.layout, self.base, self.sparse = layout, base, sparse
+        self.partitioned, self.made = partitioned, made
 
-    def layer(self, *, has_bias: bool, bias_layout: SparseLayout | None) -> SparseLinear:
+    def layer(self, name: str, *, has_bias: bool, bias_layout: SparseLayout | None) -> SparseLinear:
         layout = self.layout
-        shape = (layout.num_rows, layout.num_cols)
-        weight_OI = _read(self.checkpoint, f"{self.name}.weight", shape, self.base.dtype)
         tensors: dict[str, Parameter] = {}
         if self.base.nf4:
-            quantized = quantize_nf4(weight_OI.to(self.device), double_quantization=self.base.double_quantization)
-            tensors["packed"] = self._frozen(quantized.packed)
-            tensors["absmax"] = self._frozen(quantized.absmax)
-            if quantized.nested_statistics is not None:
-                tensors["nested_statistics"] = self._frozen(quantized.nested_statistics)
+            sizes, double = nf4_sizes(layout.num_elements), self.base.double_quantization
+            tensors["packed"] = self._empty((sizes.packed,), torch.uint8)
+            tensors["absmax"] = self._empty((sizes.absmax,), torch.uint8 if double else torch.float32)
+            if double:
+                tensors["nested_statistics"] = self._empty((sizes.nested_statistics,), torch.float32)
         else:
-            tensors["weight"] = self._frozen(weight_OI)
-        tensors |= self._deltas(self.name, layout)
-        sparse_bias = None
+            tensors["weight"] = self._empty((layout.num_rows, layout.num_cols), self.base.dtype)
+        self.made[f"{name}.weight"] = dict(tensors)
+        tensors |= self._deltas(name)
+        sparse_bias, bias_name = None, f"{name}.bias"
         if bias_layout is not None:
-            bias_name = f"{self.name}.bias"
-            sparse_bias = SparseVector(bias_layout, self.vector_tensors(bias_name, bias_name, bias_layout))
+            make = _SparseMaker(bias_layout, self.base, self.sparse, self.partitioned, self.made)
+            sparse_bias = SparseVector(bias_layout, make.vector_tensors(bias_name, bias_name))
         elif has_bias:
-            bias_O = _read(self.checkpoint, f"{self.name}.bias", (layout.num_rows,), self.base.dtype)
-            tensors["bias"] = self._frozen(bias_O)
+            tensors["bias"] = self._empty((layout.num_rows,), self.base.dtype)
+            self.made[bias_name] = {"weight": tensors["bias"]}
         return SparseLinear(layout, self.base.dtype, tensors, sparse_bias)
 
-    def vector_tensors(self, name: str, tensor_name: str, layout: SparseLayout) -> dict[str, Parameter]:
+    def vector_tensors(self, name: str, tensor_name: str) -> dict[str, Parameter]:
         """Of a `SparseVector`; its base is in the dtype of the model, also under a quantized one."""
-        weight_D = _read(self.checkpoint, tensor_name, (layout.num_rows,), self.base.dtype)
-        return {"weight": self._frozen(weight_D), **self._deltas(name, layout)}
+        weight = self._empty((self.layout.num_rows,), self.base.dtype)
+        self.made[tensor_name] = {"weight": weight}
+        return {"weight": weight, **self._deltas(name)}
 
-    def _deltas(self, name: str, layout: SparseLayout) -> dict[str, Parameter]:
+    def _deltas(self, name: str) -> dict[str, Parameter]:
+        layout = self.layout
         indices_K = initial_indices(layout, self.sparse, name)
-        values = self.partitioned.make(
-            (layout.num_slots,), torch.float32, lambda partition, start: None, requires_grad=True
-        )
+        indices_S = F.pad(indices_K, (0, layout.spare_slots)).to(layout.index_dtype)
         return {
-            "indices": self._frozen(F.pad(indices_K, (0, layout.spare_slots)).to(layout.index_dtype)),
-            "values": values,
+            "indices": self.partitioned.make(
+                (layout.num_slots,), layout.index_dtype, slice_of(indices_S), requires_grad=False
+            ),
+            "values": self.partitioned.make((layout.num_slots,), torch.float32, requires_grad=True),
         }
 
-    def _frozen(self, full: Tensor) -> Parameter:
-        return self.partitioned.make(tuple(full.shape), full.dtype, slice_of(full), requires_grad=False)
+    def _empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Parameter:
+        return self.partitioned.make(shape, dtype, requires_grad=False)
 
 
-def _fill_remaining(
-    checkpoint: BaseCheckpoint,
+def _make_remaining(
     model: PreTrainedModel,
     dtype: torch.dtype,
     partitioned: PartitionedParameters,
+    made: BaseParameters,
     *,
     trainable: bool,
 ) -> None:
     """Replace every parameter that is still on the meta device; tied ones become one parameter again."""
-    made: dict[int, Parameter] = {}
+    made_of: dict[int, Parameter] = {}
     keep_alive = []
     for module_name, module in model.named_modules():
         for child, parameter in list(module.named_parameters(recurse=False)):
             if parameter.device.type != "meta":
                 continue
             keep_alive.append(parameter)
-            if id(parameter) not in made:
-                name = f"{module_name}.{child}" if module_name else child
-                full = _read(checkpoint, name, tuple(parameter.shape), dtype)
-                made[id(parameter)] = partitioned.make(
-                    tuple(full.shape), dtype, slice_of(full), requires_grad=trainable
-                )
-            module.register_parameter(child, made[id(parameter)])
-
-
-def _read(checkpoint: BaseCheckpoint, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """One checkpoint tensor in `dtype`, checked."""
-    if name not in checkpoint:
-        raise UserError(
-            f"model.name_or_path: {checkpoint.folder} has no tensor {name!r}, which the architecture in its "
-            "config.json needs; the checkpoint is incomplete or of another model."
-        )
-    tensor = checkpoint.read(name)
-    if tuple(tensor.shape) != shape:
-        raise UserError(
-            f"model.name_or_path: tensor {name!r} has shape {tuple(tensor.shape)}, expected {shape} from config.json."
-        )
-    if not tensor.is_floating_point():
-        raise UserError(f"model.name_or_path: tensor {name!r} is {tensor.dtype}, expected a floating-point weight.")
-    tensor = tensor.to(dtype)
-    if not bool(torch.isfinite(tensor).all()):
-        raise UserError(f"model.name_or_path: tensor {name!r} holds NaN or Inf; the checkpoint is damaged.")
-    return tensor
+            if id(parameter) not in made_of:
+                replaced = partitioned.make(tuple(parameter.shape), dtype, requires_grad=trainable)
+                made_of[id(parameter)] = replaced
+                made[f"{module_name}.{child}" if module_name else child] = {"weight": replaced}
+            module.register_parameter(child, made_of[id(parameter)])

@@ -106,14 +106,14 @@ def initial_head(checkpoint: BaseCheckpoint, classification: Classification, hid
         numbers = _standard_normal(num_labels * hidden_size, seed=seed, name=f"{HEAD_NAME}.weight")
         return (scale * numbers).to(torch.float32).view(num_labels, hidden_size)
     name = "lm_head.weight" if "lm_head.weight" in checkpoint else "model.embed_tokens.weight"
-    matrix_VD = checkpoint.read(name)
-    ids = classification.label_word_ids
-    if matrix_VD.dim() != 2 or matrix_VD.shape[1] != hidden_size or max(ids) >= matrix_VD.shape[0]:
+    shape, ids = checkpoint.stored(name).shape, classification.label_word_ids
+    if len(shape) != 2 or shape[1] != hidden_size or max(ids) >= shape[0]:
         raise UserError(
-            f"model.name_or_path: tensor {name!r} has shape {tuple(matrix_VD.shape)}, expected rows of {hidden_size} "
-            f"for every token up to {max(ids)}; the tokenizer belongs to another model."
+            f"model.name_or_path: tensor {name!r} has shape {shape}, expected rows of {hidden_size} for every token up "
+            f"to {max(ids)}; the tokenizer belongs to another model."
         )
-    return matrix_VD[list(ids)].to(torch.float32)
+    rows = [checkpoint.read_range(name, i * hidden_size, (i + 1) * hidden_size) for i in ids]
+    return torch.stack(rows).to(torch.float32)
 
 
 def install_head(

@@ -22,11 +22,14 @@ import transformers
 from transformers import PrinterCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from sparse_ds.checkpoint.folder import Checkpoint, check_identity, find_checkpoint, remove_checkpoints_after
+from sparse_ds.checkpoint.identity import check_identity
+from sparse_ds.checkpoint.reading import Checkpoint
+from sparse_ds.checkpoint.run_folder import find_checkpoint, remove_checkpoints_after
 from sparse_ds.config import RunConfig, UserError
 from sparse_ds.config.errors import STOPPED_EXIT_CODE, RunStoppedError
 from sparse_ds.config.methods import all_methods
 from sparse_ds.data import DataBundle, SamplePrompt, build_datasets
+from sparse_ds.data.fingerprint import dataset_fingerprint
 from sparse_ds.distributed import process_group
 from sparse_ds.distributed.launch_environment import LaunchEnvironment
 from sparse_ds.distributed.watchdog import Watchdog
@@ -35,9 +38,10 @@ from sparse_ds.drop_grow.estimation import EstimationPhase
 from sparse_ds.drop_grow.event import EventRecord
 from sparse_ds.drop_grow.weight_states import WeightStates
 from sparse_ds.export.merged import merge_adapter
-from sparse_ds.model.base_checkpoint import BaseCheckpoint, find_base_model
+from sparse_ds.model.base_checkpoint import BaseCheckpoint
 from sparse_ds.model.build import read_architecture
 from sparse_ds.model.classification_head import Classification, find_label_word_ids
+from sparse_ds.model.find_base_model import find_base_model, require_same_base
 from sparse_ds.model.tokenizer import load_tokenizer
 from sparse_ds.monitor.memory import memory_gib
 from sparse_ds.monitor.metrics_log import MetricsLog, drop_records_after
@@ -45,6 +49,7 @@ from sparse_ds.monitor.report import run_table
 from sparse_ds.monitor.summary import RunSummary
 from sparse_ds.optim.sm3 import SparseSM3
 from sparse_ds.optim.sparse_adamw import SparseAdamW
+from sparse_ds.training.base_guard import BaseGuard
 from sparse_ds.training.callbacks import (
     EpochOrder,
     MergeAccumulators,
@@ -54,11 +59,13 @@ from sparse_ds.training.callbacks import (
     RunEvents,
     WriteMetrics,
 )
-from sparse_ds.training.checkpointing import RunCheckpoints, run_identity
+from sparse_ds.training.checkpointing import PublishCheckpoints, RunCheckpoints
 from sparse_ds.training.early_stopping import EarlyStopping
+from sparse_ds.training.engine_state import EngineState
 from sparse_ds.training.evaluation import sample_answer
 from sparse_ds.training.global_order import GlobalOrderSampler
 from sparse_ds.training.output_folder import OutputFolder
+from sparse_ds.training.run_identity import check_same_run, run_identity
 from sparse_ds.training.saving import save_deltas, save_dense_model
 from sparse_ds.training.setup import (
     EventSchedule,
@@ -73,6 +80,7 @@ from sparse_ds.training.setup import (
 from sparse_ds.training.skipped_steps import SkippedSteps, samples_of_step
 from sparse_ds.training.stop_signals import StopSignals, StopTogether
 from sparse_ds.training.trainer import SparseTrainer, classification_loss
+from sparse_ds.training.trainer_progress import TrainerProgress, check_trainer_state
 
 logger = logging.getLogger("sparse_ds")
 
@@ -166,6 +174,7 @@ class _Training:
             plan = config.batch_plan(self.launch.world_size)
             checkpoint = BaseCheckpoint(self.base_folder)
             read_architecture(checkpoint)
+            fingerprint = checkpoint.fingerprint()
             self.tokenizer = load_tokenizer(self.base_folder)
             self.data: DataBundle = build_datasets(
                 config.data,
@@ -176,21 +185,33 @@ class _Training:
             )
             sampler = self.sampler = GlobalOrderSampler(len(self.data.train), plan.global_batch_size, config.train.seed)
             classification = self._plan_classification()
-        self.prepared: PreparedModel = prepare_model(config, checkpoint, self.device, classification)
-        identity = run_identity(config, checkpoint, self.prepared)
-        self.resumed = self._find_resumed(identity, len(sampler) // plan.global_batch_size)
+        require_same_base(self.base_folder, fingerprint)
+        self.prepared: PreparedModel = prepare_model(
+            config,
+            checkpoint,
+            self.device,
+            classification,
+            show_progress=self.is_main and config.monitor.progress_bar,
+        )
+        data = dataset_fingerprint(self.data.train)
+        self.identity = run_identity(config, checkpoint, self.prepared, data, plan.global_batch_size)
+        check_same_run(self.identity)
+        self.steps_per_epoch = len(sampler) // plan.global_batch_size
+        self.resumed = self._find_resumed()
         with process_group.agreement("making the output folder"):
             if self.is_main:
                 self.output.create(config.to_dict(), resume=config.checkpoint.resume)
-                if self.resumed is not None:
-                    # In a folder of its own there is nothing of the kind.
-                    drop_records_after(self.output.metrics, self.resumed.index.step)
-                    remove_checkpoints_after(self.output.path, self.resumed.index.step)
+                if config.checkpoint.resume is not None:
+                    # In a folder of its own there is nothing of the kind. Without a checkpoint all is written again.
+                    step = -1 if self.resumed is None else self.resumed.index.step
+                    drop_records_after(self.output.metrics, step)
+                    remove_checkpoints_after(self.output.path, step)
         self.log = MetricsLog(self.output.metrics, enabled=self.is_main)
+        self._log_load(checkpoint)
         self.trainer = self._make_trainer(sampler)
-        self.checkpoints = RunCheckpoints(config, identity, self.output.path, self.trainer, self.prepared, self.device)
         self._say_start(plan)
         self.trainer.train(resume_from_checkpoint=None if self.resumed is None else str(self.resumed.folder))
+        self.checkpoints.finish()
         if self.stop.is_stopping:
             self.log.close()
             raise RunStoppedError(
@@ -211,6 +232,29 @@ class _Training:
         word_ids = None if words is None else find_label_word_ids(self.tokenizer, words, labels)
         return Classification(labels, self.data.collator.pad_token_id, word_ids)
 
+    def _log_load(self, checkpoint: BaseCheckpoint) -> None:
+        """Collectives: one gather of a small record."""
+        loaded = self.prepared.loaded
+        ranks = process_group.gather(
+            {"wall_s": loaded.wall_s, "bytes_read": loaded.bytes_read, **memory_gib(self.device)}
+        )
+        self.log.write(
+            "load",
+            {
+                "step": 0,
+                "tensors": loaded.num_tensors,
+                "bytes": checkpoint.size_bytes,
+                "ranks": [{"rank": index, **record} for index, record in enumerate(ranks)],
+            },
+        )
+        logger.info(
+            "base model loaded in %.1f s: %.2f GiB of %.2f GiB read by rank 0, peak memory %.2f GiB",
+            loaded.wall_s,
+            loaded.bytes_read / 2**30,
+            checkpoint.size_bytes / 2**30,
+            max(record["peak_memory_gib"] for record in ranks),
+        )
+
     def _make_trainer(self, sampler: GlobalOrderSampler) -> SparseTrainer:
         config = self.config
         trained = [p for p in self.prepared.model.parameters() if p.requires_grad]
@@ -222,12 +266,18 @@ class _Training:
             sampler=sampler,
             heldout=self.data.eval,
             on_save=self._save_checkpoint,
+            on_restore_generators=lambda: self.progress.restore_generators(),
             model=self.prepared.model,
             args=arguments,
             data_collator=self.data.collator,
             train_dataset=self.data.train,
             eval_dataset=self.data.eval,
-            callbacks=[EpochOrder(sampler), NotePosition(self.watchdog), OnTrainBegin(self._bind)],
+            callbacks=[
+                EpochOrder(sampler),
+                NotePosition(self.watchdog),
+                BaseGuard(self.prepared.frozen_parameters),
+                OnTrainBegin(self._bind),
+            ],
             compute_loss_func=None if self.prepared.classification is None else classification_loss,
         )
         trainer.remove_callback(PrinterCallback)
@@ -239,9 +289,9 @@ class _Training:
             self._rows_of_step,
             config.train.max_skipped_steps,
         )
-        self._endings = [each for each in (self.skipped, self.stop, self.early_stopping) if each is not None]
-        for each in self._endings:
-            trainer.add_callback(each)
+        for each in (self.skipped, self.stop, self.early_stopping):
+            if each is not None:
+                trainer.add_callback(each)
         if config.monitor.progress_bar:
             trainer.add_callback(ProgressBar())
         return trainer
@@ -254,6 +304,20 @@ class _Training:
         optimizer = self.trainer.deepspeed.optimizer.optimizer
         if isinstance(optimizer, SparseSM3 | SparseAdamW):
             self._bind_sparse(optimizer, total_steps)
+        engine = EngineState(
+            self.prepared.layers,
+            self.prepared.dense_parameters,
+            master,
+            optimizer,
+            self.weight_states,
+            self.estimation,
+        )
+        self.progress = TrainerProgress(self.trainer, self.config.train.seed, self.steps_per_epoch)
+        self.checkpoints = RunCheckpoints(
+            self.config.checkpoint, self.identity, self.output.path, engine, self.progress
+        )
+        if self.config.checkpoint.background:
+            self.trainer.add_callback(PublishCheckpoints(self.checkpoints))
         prompt = self.data.sample_prompts[0] if self.data.sample_prompts else None
         if self.resumed is not None:
             self._go_on(self.resumed, prompt)
@@ -290,37 +354,39 @@ class _Training:
         )
         self.trainer.add_callback(events)
 
-    def _find_resumed(self, identity: dict[str, Any], steps_per_epoch: int) -> Checkpoint | None:
+    def _find_resumed(self) -> Checkpoint | None:
         """The checkpoint to go on from, checked on every rank; None for a run from the start."""
         wanted, train = self.config.checkpoint.resume, self.config.train
         if wanted is None:
             return None
-        total_steps = math.ceil(train.num_epochs * steps_per_epoch) if train.max_steps is None else train.max_steps
+        total_steps = math.ceil(train.num_epochs * self.steps_per_epoch) if train.max_steps is None else train.max_steps
+        checkpoint = find_checkpoint(self.output.path, wanted)
         with process_group.agreement("reading the checkpoint"):
-            checkpoint, problems = find_checkpoint(self.output.path, wanted)
-            check_identity(checkpoint.index.identity, identity, checkpoint.folder)
-            if checkpoint.index.step >= total_steps:
+            if checkpoint is None:
+                self.output.check_unfinished()
+                logger.info("no checkpoint in %s yet: the run begins from its first step", self.output.path)
+                return None
+            check_identity(checkpoint.index.identity, self.identity, checkpoint.folder)
+            check_trainer_state(checkpoint)
+            if checkpoint.index.step > total_steps:
                 raise UserError(
                     f"checkpoint.resume: {checkpoint.folder} is of step {checkpoint.index.step} and the run has "
-                    f"{total_steps} steps: nothing is left to train. Raise train.max_steps (or train.num_epochs), or "
-                    "start anew with `--set train.overwrite=true`."
+                    f"{total_steps} steps. Raise train.max_steps (or train.num_epochs), or start anew with "
+                    "`--set train.overwrite=true`."
                 )
-        for problem in problems:
-            logger.warning("passed over: %s", problem)
         logger.info("going on from %s (step %d)", checkpoint.folder, checkpoint.index.step)
         return checkpoint
 
     def _go_on(self, checkpoint: Checkpoint, prompt: SamplePrompt | None) -> None:
-        self.checkpoints.restore(self.master, self.weight_states, self.estimation, checkpoint)
+        report = self.checkpoints.restore(checkpoint)
         self.trainer.release_gathered()
-        state = checkpoint.index.run_state
-        self.heldout_before, self.index_hash = state["heldout_before"], state["index_hash"]
-        self.accuracy_before = state["accuracy_before"]
-        self.answers = _Answers(prompt, before=state["answer_before"])
-        self.metrics.num_tokens, self.metrics.train_wall_s = state["num_tokens"], state["train_wall_s"]
-        for each in self._endings:
-            if type(each).__name__ in state["callbacks"]:
-                each.restore_state(state["callbacks"][type(each).__name__])
+        with process_group.agreement("restoring the report"):
+            try:
+                self.heldout_before, self.accuracy_before = report["heldout_before"], report["accuracy_before"]
+                self.index_hash = report["index_hash"]
+                self.answers = _Answers(prompt, before=report["answer_before"])
+            except KeyError as error:
+                raise UserError(f"checkpoint {checkpoint.folder}: `run_state.report` has no {error}.") from error
         if self.stop.evaluation_due and self.data.eval is not None:
             self.stop.evaluation_due = False
             self.trainer.evaluate()
@@ -331,18 +397,16 @@ class _Training:
         return [self.data.train_data.row_of(sample) for sample in samples_of_step(self.sampler, size, step)]
 
     def _save_checkpoint(self) -> None:
-        self.checkpoints.save(self.master, self.weight_states, self.estimation, self._run_state())
+        heldout = self.metrics.heldout_at(self.trainer.state.global_step)
+        self.checkpoints.save(self._report(), None if heldout is None else heldout[0])
 
-    def _run_state(self) -> dict[str, Any]:
+    def _report(self) -> dict[str, Any]:
         """What a resumed run needs to report the whole run."""
         return {
             "heldout_before": self.heldout_before,
             "accuracy_before": self.accuracy_before,
             "answer_before": self.answers.before,
             "index_hash": self.index_hash,
-            "num_tokens": self.metrics.num_tokens,
-            "train_wall_s": self.metrics.train_wall_s,
-            "callbacks": {type(each).__name__: each.saved_state() for each in self._endings},
         }
 
     def _log_event(self, record: EventRecord) -> None:
@@ -377,12 +441,14 @@ class _Training:
         return answer
 
     def _summarize(self) -> RunSummary:
-        heldout_after = None
+        heldout_after = accuracy_after = None
         if self.data.eval is not None:
-            heldout_after = self.metrics.heldout_loss_at(self.trainer.state.global_step)
-            if heldout_after is None:
-                heldout_after = self.trainer.evaluate()["eval_loss"]
-        last_heldout = self.trainer.last_heldout
+            step = self.trainer.state.global_step
+            if self.metrics.heldout_at(step) is None:
+                self.trainer.evaluate()
+            heldout_after, accuracy_after = self.metrics.heldout_at(step) or (None, None)
+        for line in self.checkpoints.describe():
+            logger.info("%s", line)
         if self.answers.prompt is not None:
             self.answers = replace(self.answers, after=self._answer(self.answers.prompt))
         peak = torch.tensor([memory_gib(self.device)["peak_memory_gib"]], dtype=torch.float64)
@@ -405,7 +471,7 @@ class _Training:
             adapter_dir=str(self.output.adapter) if self.prepared.layers else None,
             merged_dir=None,
             heldout_accuracy_before=self.accuracy_before,
-            heldout_accuracy_after=None if last_heldout is None else last_heldout.accuracy,
+            heldout_accuracy_after=accuracy_after,
             num_skipped_steps=self.skipped.num_skipped,
         )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,14 @@ from transformers import PreTrainedModel, TrainingArguments
 from sparse_ds.config import RunConfig, UserError, build_deepspeed_config
 from sparse_ds.config.methods import all_methods
 from sparse_ds.distributed.born_partitioned import PartitionedParameters
-from sparse_ds.distributed.process_group import agreement, world_size
+from sparse_ds.distributed.process_group import agreement, rank, world_size
 from sparse_ds.distributed.zero3_partitions import MasterWeights, OwnedSlice, full_shape, full_size, local_partition
 from sparse_ds.drop_grow.estimation import EstimationPhase
 from sparse_ds.drop_grow.event import DropAndGrow
 from sparse_ds.drop_grow.weight_states import WeightStates
 from sparse_ds.model.base_checkpoint import BaseCheckpoint
+from sparse_ds.model.base_tensors import BaseSettings, check_base, list_base_tensors
 from sparse_ds.model.build import (
-    BaseSettings,
     SparseSettings,
     build_dense_model,
     build_sparse_model,
@@ -31,6 +31,8 @@ from sparse_ds.model.build import (
     plan_vector_layouts,
 )
 from sparse_ds.model.classification_head import Classification, initial_head, install_head
+from sparse_ds.model.loading import LoadReport, load_base, planned_bytes
+from sparse_ds.monitor.progress import ProgressBytes
 from sparse_ds.optim.flat_segment import FlatSegment
 from sparse_ds.optim.sm3 import SparseSM3
 from sparse_ds.optim.sparse_adamw import SparseAdamW
@@ -53,12 +55,20 @@ class PreparedModel:
     layers: dict[str, SparseLayer]
     num_trained_weights: int
     num_weights: int
+    loaded: LoadReport
     classification: Classification | None = None
 
     @property
     def matrices(self) -> dict[str, SparseLinear]:
         """The sparse layers without biases and norms: what events may change."""
         return {name: layer for name, layer in self.layers.items() if isinstance(layer, SparseLinear)}
+
+    @property
+    def frozen_parameters(self) -> dict[str, Parameter]:
+        """Name -> parameter of the base, as it was loaded; indices are not among them."""
+        indices = {id(layer.indices) for layer in self.layers.values()}
+        named = self.model.named_parameters()
+        return {name: each for name, each in named if not each.requires_grad and id(each) not in indices}
 
     @property
     def dense_parameters(self) -> dict[str, Parameter]:
@@ -73,16 +83,19 @@ def prepare_model(
     checkpoint: BaseCheckpoint,
     device: torch.device,
     classification: Classification | None = None,
+    *,
+    show_progress: bool = False,
 ) -> PreparedModel:
-    """Build the model of the run.
+    """Build the model of the run and load its base.
 
     Args:
         config: the run.
         checkpoint: the base model.
         device: where tensors are quantized.
         classification: what a run with `model.task` sequence_classification found in its data; else None.
+        show_progress: with a bar, on this rank.
 
-    Collectives: agreements on success; every rank must call it.
+    Collectives: agreements on success, those of `load_base`; every rank must call it.
     """
     base = BaseSettings(
         dtype=getattr(torch, config.model.dtype),
@@ -94,6 +107,15 @@ def prepare_model(
     partitioned = PartitionedParameters(
         offload_device=offload.get("device", "none"), pin_memory=offload.get("pin_memory", False)
     )
+    sparse = SparseSettings(
+        config.method.target_modules,
+        config.method.density,
+        config.train.seed,
+        bernoulli=config.method.sampling == "bernoulli",
+        slots_per_active=config.method.redistribution_factor or 1.0,
+        train_biases=config.method.train_biases,
+        train_norms=config.method.train_norms,
+    )
     layouts: dict[str, SparseLayout] = {}
     with agreement("building the model"):
         model = empty_model(checkpoint, base, classification)
@@ -103,26 +125,27 @@ def prepare_model(
             head_LD = initial_head(checkpoint, classification, model.config.hidden_size, config.train.seed)
             install_head(model, head_LD, base.dtype if trains_all else torch.float32, partitioned)
             num_head_weights = head_LD.numel()
-        if trains_all:
-            build_dense_model(checkpoint, model, base, partitioned)
-        else:
-            sparse = SparseSettings(
-                config.method.target_modules,
-                config.method.density,
-                config.train.seed,
-                bernoulli=config.method.sampling == "bernoulli",
-                slots_per_active=config.method.redistribution_factor or 1.0,
-                train_biases=config.method.train_biases,
-                train_norms=config.method.train_norms,
-            )
+        vectors: dict[str, SparseLayout] = {}
+        if not trains_all:
             layouts = plan_layouts(model, sparse)
             check_accumulator_limit(config, layouts, world_size())
             vectors = plan_vector_layouts(model, layouts, sparse)
-            build_sparse_model(checkpoint, model, layouts, base, sparse, partitioned, device, vectors)
+        tensors = list_base_tensors(model, layouts, base)
+        tied_copies = check_base(checkpoint, tensors, model, config.model.unused_tensors)
+        num_bytes = planned_bytes(checkpoint, tensors, rank(), world_size())
+        made = (
+            build_dense_model(model, base, partitioned)
+            if trains_all
+            else build_sparse_model(model, layouts, base, sparse, partitioned, vectors)
+        )
+    tensors = [replace(tensor, parameters=made.pop(tensor.name)) for tensor in tensors]
+    assert not made, f"parameters that nothing fills: {list(made)}"
+    with ProgressBytes("loading the base model", num_bytes, enabled=show_progress) as progress:
+        loaded = load_base(checkpoint, tensors, device, tied_copies=tied_copies, on_bytes=progress.add)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, SparseLayer)}
     num_sparse = sum(layer.num_active for layer in layers.values())
     num_trained = num_sparse + num_head_weights if layouts else num_weights
-    return PreparedModel(model, layers, num_trained, num_weights, classification)
+    return PreparedModel(model, layers, num_trained, num_weights, loaded, classification)
 
 
 def make_optimizer(config: RunConfig, parameters: list[Parameter]) -> torch.optim.Optimizer:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import socket
+from pathlib import Path
 
 import pytest
 from ranks import run_ranks
@@ -11,6 +13,7 @@ from sparse_ds.config.errors import UserError
 from sparse_ds.distributed import process_group
 from sparse_ds.distributed.process_group import agreement, rank, world_size
 from sparse_ds.distributed.zero3_partitions import require_equal
+from sparse_ds.model.find_base_model import require_same_base
 
 
 def error_of_agreement(error: Exception | None) -> tuple[str, str]:
@@ -65,8 +68,36 @@ def test_one_rank_agrees_with_itself() -> None:
     assert "unequal" not in report
 
 
+def error_of_base(folder: str, fingerprint: str) -> str:
+    """The message with which ranks that read different base models end; "" if they do not."""
+    try:
+        require_same_base(Path(folder), fingerprint)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def check_base_models() -> dict[str, str]:
+    is_last = rank() == world_size() - 1
+    return {
+        "same": error_of_base(f"/machine-{rank()}/snapshots/abc", "f"),
+        "commit": error_of_base(f"/cache/snapshots/{'def' if is_last else 'abc'}", "f"),
+        "content": error_of_base("llama", "g" if is_last else "f"),
+        "host": socket.gethostname(),
+    }
+
+
+def test_ranks_that_read_different_base_models() -> None:
+    for report in run_ranks(3, check_base_models):
+        assert report["same"] == ""
+        for case, folders in (("commit", ["/cache/snapshots/abc", "/cache/snapshots/def"]), ("content", ["llama"] * 2)):
+            first, last = (f"on {report['host']}: {folder}" for folder in folders)
+            expected = f"the ranks have different base models: rank 0 {first} (2 rank(s)); rank 2 {last} (1 rank(s)). "
+            assert report[case].startswith(f"model.name_or_path: {expected}"), report[case]
+
+
 def test_without_a_process_group_there_is_one_rank() -> None:
-    assert (rank(), world_size()) == (0, 1)
+    assert (rank(), world_size(), process_group.gather("a")) == (0, 1, ["a"])
     with pytest.raises(UserError, match="no rank"), agreement("reading"):
         raise UserError("no rank")
     process_group.stop()

@@ -78,6 +78,22 @@ def test_data_that_only_one_rank_lacks(work: Path, rank_without: int) -> None:
     assert list(empty.iterdir()) == [] and [entry.name for entry in work.iterdir()] == ["rows.jsonl"]
 
 
+def test_base_models_that_differ_between_machines(work: Path) -> None:
+    other = work.parent / "other"
+    for folder in (work, other):
+        shutil.copytree(resolve_model("embedded"), folder / "model")
+    save_rows(other, 32)
+    config = other / "model" / "config.json"
+    config.write_text(config.read_text().replace('"rms_norm_eps": ', '"rms_norm_eps": 1'))
+    arguments = [*RUN_ARGUMENTS, *set_words(["model.name_or_path=model"])]
+    ranks = train_in_forks([arguments] * 2, [work, other], timeout_s=SECONDS_TO_END)
+    assert [rank.exit_code for rank in ranks] == [USER_ERROR_EXIT_CODE] * 2, ranks
+    message = "error: model.name_or_path: the ranks have different base models: rank 0 on "
+    assert ranks[0].stderr.startswith(message) and "; rank 1 on " in ranks[0].stderr, ranks[0]
+    assert ranks[1].stderr == ""
+    assert {entry.name for entry in work.iterdir()} == {"rows.jsonl", "model"}
+
+
 def test_an_output_folder_that_cannot_be_made(work: Path) -> None:
     """Rank 0 alone makes it; the other learns that it failed."""
     (work / "notes").write_text("mine", encoding="utf-8")
@@ -87,3 +103,17 @@ def test_an_output_folder_that_cannot_be_made(work: Path) -> None:
     assert ranks[0].stderr.startswith("error: train.output_dir: cannot write to notes/run (Not a directory)")
     assert ranks[1].stderr == ""
     assert (work / "notes").read_text(encoding="utf-8") == "mine"
+
+
+def test_data_that_is_another_on_one_rank(work: Path) -> None:
+    """As on machines with files of two versions: the run would go on, on a mixture."""
+    other = Path(shutil.copytree(work, work.parent / "other"))
+    rows = (other / "rows.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (other / "rows.jsonl").write_text("".join([*rows[:-1], rows[0]]), encoding="utf-8")
+    ranks = train_in_forks([RUN_ARGUMENTS] * 2, [work, other], timeout_s=SECONDS_TO_END)
+    assert [rank.exit_code for rank in ranks] == [USER_ERROR_EXIT_CODE] * 2, ranks
+    assert ranks[0].stderr.startswith(
+        "error: the ranks do not carry out the same run: data of ranks [1] is not that of"
+    )
+    assert ranks[1].stderr == ""
+    assert not (work / "run").exists()

@@ -1,4 +1,4 @@
-"""The main job (NF4 base, bf16) on one rank, on two and on two again: the same run up to rounding, and the same run.
+"""The main job (NF4 base, bf16) on one rank, on two, on two again: the same run up to rounding, and the same run.
 
 The losses of 25 steps and three events; `tests/parity/test_dense_oracle.py` does the same in fp32, to the last digits.
 """
@@ -14,6 +14,9 @@ from pathlib import Path
 import pytest
 from finished_runs import FinishedRun, index_overlap
 from forks import free_port
+
+from sparse_ds.embedded import resolve_model
+from sparse_ds.export.quantized import write_nf4_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 NUM_STEPS = 25
@@ -34,13 +37,13 @@ SETTINGS = {
 }
 
 
-def launch(num_ranks: int, folder: Path) -> FinishedRun:
+def launch(num_ranks: int, folder: Path, model: str | Path = "embedded") -> FinishedRun:
     """`python` for one rank, `deepspeed --num_accelerators N` for several."""
     launcher = [sys.executable]
     if num_ranks > 1:
         deepspeed = str(Path(sys.executable).with_name("deepspeed"))
         launcher = [deepspeed, "--num_accelerators", str(num_ranks), "--master_port", str(free_port())]
-    settings = {**SETTINGS, "train.output_dir": folder / "run"}
+    settings = {**SETTINGS, "model.name_or_path": model, "train.output_dir": folder / "run"}
     overrides = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
     command = [*launcher, str(ROOT / "launcher" / "train.py"), "--config", "zero3_sft_ma.json", *overrides]
     # The `deepspeed` command starts `python` by its own path, and DeepSpeed's accelerator follows this variable.
@@ -57,10 +60,17 @@ def launch(num_ranks: int, folder: Path) -> FinishedRun:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, FinishedRun]:
     """Two launches at a time: their imports are the larger part."""
     folder = tmp_path_factory.mktemp("world_sizes")
+    in_nf4 = folder / "model_in_nf4"
+    write_nf4_checkpoint(resolve_model("embedded"), in_nf4)
     with ThreadPoolExecutor(max_workers=2) as pool:
         futures = {
-            name: pool.submit(launch, num_ranks, folder / name)
-            for name, num_ranks in (("two", 2), ("two_again", 2), ("one", 1))
+            name: pool.submit(launch, num_ranks, folder / name, model)
+            for name, num_ranks, model in (
+                ("two", 2, "embedded"),
+                ("two_again", 2, "embedded"),
+                ("one", 1, "embedded"),
+                ("two_in_nf4", 2, in_nf4),
+            )
         }
         return {name: future.result() for name, future in futures.items()}
 
@@ -75,9 +85,20 @@ def test_two_ranks_train_as_one_does(runs: dict[str, FinishedRun]) -> None:
     assert one.summary["heldout_loss_after"] < one.summary["heldout_loss_before"] - 0.1, "the run must have moved"
 
 
-def test_a_run_is_repeated_bit_for_bit(runs: dict[str, FinishedRun]) -> None:
-    first, second = runs["two"], runs["two_again"]
+@pytest.mark.parametrize("other", ["two_again", "two_in_nf4"])
+def test_a_run_is_repeated_bit_for_bit(runs: dict[str, FinishedRun], other: str) -> None:
+    """Also from the base that was saved in NF4 before."""
+    first, second = runs["two"], runs[other]
     assert first.losses == second.losses
     assert first.index_hashes == second.index_hashes
     assert first.adapter.keys() == second.adapter.keys()
     assert all(tensor.equal(second.adapter[name]) for name, tensor in first.adapter.items())
+
+
+def test_every_rank_reads_its_share_of_the_base(runs: dict[str, FinishedRun]) -> None:
+    (one,), (two,), (in_nf4,) = (runs[name].of_kind("load") for name in ("one", "two", "two_in_nf4"))
+    assert one["ranks"][0]["bytes_read"] == one["bytes"] == two["bytes"]
+    assert [record["rank"] for record in two["ranks"]] == [0, 1]
+    for record in two["ranks"]:
+        assert record["bytes_read"] <= 0.55 * two["bytes"] and record["wall_s"] > 0 < record["peak_memory_gib"]
+    assert in_nf4["bytes"] < 0.5 * two["bytes"]

@@ -54,6 +54,23 @@ def test_stored_tensors_have_the_announced_sizes_and_dtypes(shape: tuple[int, in
     assert quantized.shape == shape and quantized.dtype == torch.float32
 
 
+def test_the_offset_of_double_quantization_does_not_depend_on_threads() -> None:
+    """torch's mean of more than 2^15 numbers does, and then all scales would."""
+    weight = torch.randn(2**21, generator=torch.Generator().manual_seed(0))
+    num_threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        _, state = bnb.quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type="nf4")
+        torch.set_num_threads(2)
+        quantized = quantize_nf4(weight, double_quantization=True)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(num_threads)
+    assert quantized.nested_statistics is not None
+    assert torch.equal(quantized.nested_statistics[-1], state.offset)
+    assert torch.equal(quantized.absmax, state.absmax)
+
+
 @pytest.mark.parametrize("double_quantization", [False, True])
 def test_a_copy_of_the_tensors_is_enough(double_quantization: bool) -> None:
     """Nothing hides in objects: tensors that went through bytes (as ZeRO-3 gathers them) give the same weight."""

@@ -11,7 +11,7 @@ from checkpoint_doubles import MakeCheckpoint
 from safetensors.torch import load_file
 
 from sparse_ds.config.errors import UserError
-from sparse_ds.model.base_checkpoint import BaseCheckpoint, find_base_model
+from sparse_ds.model.base_checkpoint import BaseCheckpoint
 
 NAME = "model.layers.0.mlp.up_proj.weight"
 
@@ -62,8 +62,42 @@ def test_a_truncated_shard(make_checkpoint: MakeCheckpoint) -> None:
     checkpoint = BaseCheckpoint(folder)
     path = folder / checkpoint._file_of[NAME]
     path.write_bytes(path.read_bytes()[:-10])
+    # Already open: found where the bytes are missing.
+    with pytest.raises(UserError, match=rf"{path.name} cannot be read \(it ends inside .*Get the file again"):
+        [checkpoint.read(name) for name in checkpoint.names]
     with pytest.raises(UserError, match=rf"{path.name} cannot be read .*Get the file again"):
-        checkpoint.read(NAME)
+        BaseCheckpoint(folder)
+
+
+@pytest.mark.parametrize("damage", [b"\xff" * 8, b"\x08\0\0\0\0\0\0\0nonsense"], ids=["length", "header"])
+def test_a_damaged_header(make_checkpoint: MakeCheckpoint, damage: bytes) -> None:
+    path = make_checkpoint() / "model.safetensors"
+    path.write_bytes(damage + path.read_bytes()[len(damage) :])
+    with pytest.raises(UserError, match=r"model.safetensors cannot be read .*truncated or damaged"):
+        BaseCheckpoint(path.parent)
+
+
+@pytest.mark.parametrize("bin", [False, True])
+def test_ranges_are_counted(make_checkpoint: MakeCheckpoint, bin: bool) -> None:
+    checkpoint = BaseCheckpoint(make_checkpoint(bin=bin))
+    whole = checkpoint.read(NAME)
+    stored = checkpoint.stored(NAME)
+    assert (stored.shape, stored.dtype, stored.num_bytes) == (tuple(whole.shape), whole.dtype, 2 * whole.numel())
+    assert checkpoint.bytes_read == stored.num_bytes
+    for start, stop in [(0, 0), (0, 1), (5, 17), (whole.numel() - 1, whole.numel())]:
+        before = checkpoint.bytes_read
+        assert torch.equal(checkpoint.read_range(NAME, start, stop), whole.view(-1)[start:stop])
+        assert checkpoint.bytes_read - before == 2 * (stop - start)
+    assert checkpoint.size_bytes == sum(checkpoint.read(name).nbytes for name in checkpoint.names)
+
+
+def test_an_index_that_leads_out_of_the_folder(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    folder = make_checkpoint()
+    (tmp_path / "elsewhere.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    index = {"weight_map": {NAME: "../elsewhere.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r"index.json names 1 missing file\(s\): ../elsewhere.safetensors"):
+        BaseCheckpoint(folder)
 
 
 def test_an_index_that_names_a_missing_file(make_checkpoint: MakeCheckpoint) -> None:
@@ -79,9 +113,8 @@ def test_an_index_that_names_a_tensor_that_is_not_in_the_file(make_checkpoint: M
     folder = make_checkpoint(bin=bin)
     file_name = "pytorch_model.bin" if bin else "model.safetensors"
     (folder / f"{file_name}.index.json").write_text(json.dumps({"weight_map": {"absent.weight": file_name}}))
-    checkpoint = BaseCheckpoint(folder)
-    with pytest.raises(UserError, match=rf"{file_name} cannot be read \(.*absent.weight.*\); it is truncated"):
-        checkpoint.read("absent.weight")
+    with pytest.raises(UserError, match=rf"{file_name} has no tensor 'absent.weight', which .* says \(1 in all\)"):
+        BaseCheckpoint(folder)
 
 
 @pytest.mark.parametrize("content", ["{}", '{"weight_map": []}', '{"weight_map": {}}'])
@@ -128,31 +161,3 @@ def test_a_bin_file_that_would_run_code_is_not_loaded(make_checkpoint: MakeCheck
     with pytest.raises(UserError, match="cannot be read"):
         BaseCheckpoint(folder)
     assert not (tmp_path / "ran").exists()
-
-
-def test_finding_a_base_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "llama").mkdir()
-    assert find_base_model(str(tmp_path / "llama")) == tmp_path / "llama"
-    assert (find_base_model("embedded") / "config.json").is_file()
-    monkeypatch.chdir(tmp_path)
-    assert find_base_model("llama") == Path("llama")
-    with pytest.raises(UserError, match=r"model.name_or_path: got 'lama', which is no folder .* Did you mean llama\?"):
-        find_base_model("lama")
-    with pytest.raises(UserError, match=r"got '.*/lama', which is no folder .* Did you mean .*/llama\?"):
-        find_base_model(str(tmp_path / "lama"))
-    with pytest.raises(UserError, match=r"there is no embedded model 'embedded:other'"):
-        find_base_model("embedded:other")
-
-
-def test_a_hub_name_without_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
-    import huggingface_hub
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    def offline(*args: object, **kwargs: object) -> str:
-        raise LocalEntryNotFoundError("no connection\nmore")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
-    with pytest.raises(
-        UserError, match=r"'owner/name' is no local folder and could not be had from the hub \(no connection\)"
-    ):
-        find_base_model("owner/name")

@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_doubles import MakeCheckpoint
+from checkpoint_doubles import MakeCheckpoint, load
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 from sparse_ds.config.errors import UserError
 from sparse_ds.kernels.nf4 import dequantize_nf4, quantize_nf4
 from sparse_ds.model.base_checkpoint import BaseCheckpoint
+from sparse_ds.model.base_tensors import BaseSettings
 from sparse_ds.model.build import (
-    BaseSettings,
     SparseSettings,
     build_dense_model,
     build_sparse_model,
@@ -40,7 +40,7 @@ def build(folder: Path, whole: Any, base: BaseSettings = FP32, sparse: SparseSet
     checkpoint = BaseCheckpoint(folder)
     model = empty_model(checkpoint, base)
     layouts = plan_layouts(model, sparse)
-    build_sparse_model(checkpoint, model, layouts, base, sparse, whole, torch.device("cpu"))
+    load(checkpoint, model, layouts, base, lambda: build_sparse_model(model, layouts, base, sparse, whole))
     return model
 
 
@@ -124,7 +124,7 @@ def test_full_training_leaves_every_weight_trainable(make_checkpoint: MakeCheckp
     folder = make_checkpoint(tie_word_embeddings=True)
     checkpoint = BaseCheckpoint(folder)
     model = empty_model(checkpoint, FP32)
-    build_dense_model(checkpoint, model, FP32, whole)
+    load(checkpoint, model, {}, FP32, lambda: build_dense_model(model, FP32, whole))
     expected = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     with torch.no_grad():
         assert torch.equal(model(TOKENS).logits, expected(TOKENS).logits)
@@ -153,12 +153,12 @@ def spoil(name: str, value: float) -> Callable[[dict[str, Tensor]], Any]:
         (drop(f"{UP}.weight"), rf"has no tensor '{UP}.weight', which the architecture in its config.json needs"),
         (drop(NORM), rf"has no tensor '{NORM}'"),
         (replace(f"{UP}.weight", torch.zeros(12, 18)), r"has shape \(12, 18\), expected \(18, 12\) from config.json"),
-        (replace(NORM, torch.ones(13)), rf"tensor '{NORM}' has shape \(13,\), expected \(12,\)"),
-        (spoil(f"{UP}.weight", math.nan), rf"tensor '{UP}.weight' holds NaN or Inf; the checkpoint is damaged"),
-        (spoil(NORM, -math.inf), rf"tensor '{NORM}' holds NaN or Inf"),
+        (replace(NORM, torch.ones(13)), rf"tensor '{NORM}' of .* has shape \(13,\), expected \(12,\)"),
+        (spoil(f"{UP}.weight", math.nan), rf"tensor '{UP}.weight' of .* holds NaN or Inf; the checkpoint is damaged"),
+        (spoil(NORM, -math.inf), rf"tensor '{NORM}' of .* holds NaN or Inf"),
         (
             replace(f"{UP}.weight", torch.zeros(18, 12, dtype=torch.int8)),
-            rf"tensor '{UP}.weight' is torch.int8, expected a floating-point weight",
+            rf"tensor '{UP}.weight' of .* is torch.int8, expected a floating-point weight of 16 or 32 bits",
         ),
     ],
 )
@@ -182,8 +182,22 @@ def test_a_missing_bias_of_a_target_is_refused(make_checkpoint: MakeCheckpoint, 
         ({"model_type": "gpt2"}, "is a 'gpt2' model; expected one of llama, mistral"),
         ({"model_type": None}, "is a None model; expected one of llama, mistral"),
         (
-            {"quantization_config": {"quant_method": "bitsandbytes"}},
-            "is already quantized .* give the 16-bit checkpoint",
+            {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+            "is quantized by 'gptq' .* expected a 16-bit checkpoint, or bitsandbytes NF4",
+        ),
+        (
+            {
+                "quantization_config": {
+                    "quant_method": "bitsandbytes",
+                    "load_in_4bit": True,
+                    "bnb_4bit_quant_type": "fp4",
+                }
+            },
+            r"is quantized by 'bitsandbytes' \(fp4\); expected a 16-bit checkpoint, or bitsandbytes NF4",
+        ),
+        (
+            {"model_type": "own", "auto_map": {"AutoConfig": "configuration_own.OwnConfig"}},
+            "is a 'own' model that needs code of its repository, and remote code is never executed; expected one of",
         ),
         ({"hidden_size": "large"}, r"transformers cannot make a model from .*config.json \("),
         ({"num_attention_heads": 0}, r"transformers cannot make a model from .*config.json \("),

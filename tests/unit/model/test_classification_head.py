@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_doubles import MakeCheckpoint
+from checkpoint_doubles import MakeCheckpoint, load
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -18,7 +18,8 @@ from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrained
 
 from sparse_ds.config.errors import UserError
 from sparse_ds.model.base_checkpoint import BaseCheckpoint
-from sparse_ds.model.build import BaseSettings, SparseSettings, build_sparse_model, empty_model, plan_layouts
+from sparse_ds.model.base_tensors import BaseSettings
+from sparse_ds.model.build import SparseSettings, build_sparse_model, empty_model, plan_layouts
 from sparse_ds.model.classification_head import Classification, find_label_word_ids, initial_head, install_head
 
 LABELS = ("no", "yes", "maybe")
@@ -36,7 +37,7 @@ def build(folder: Path, whole: Any, dtype: torch.dtype) -> tuple[PreTrainedModel
     layouts = plan_layouts(model, sparse)
     head_LD = initial_head(checkpoint, classification, model.config.hidden_size, seed=3)
     install_head(model, head_LD, torch.float32, whole)
-    build_sparse_model(checkpoint, model, layouts, base, sparse, whole, torch.device("cpu"))
+    load(checkpoint, model, layouts, base, lambda: build_sparse_model(model, layouts, base, sparse, whole))
     return model, head_LD
 
 

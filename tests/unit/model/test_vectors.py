@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_doubles import MakeCheckpoint
+from checkpoint_doubles import MakeCheckpoint, load
 from transformers import LlamaForCausalLM
 
 from sparse_ds.model.base_checkpoint import BaseCheckpoint
+from sparse_ds.model.base_tensors import BaseSettings
 from sparse_ds.model.build import (
-    BaseSettings,
     SparseSettings,
     build_sparse_model,
     empty_model,
@@ -42,7 +42,7 @@ def test_biases_and_norms(make_checkpoint: MakeCheckpoint, whole: Any, bernoulli
     assert {(layout.num_rows, layout.num_cols) for layout in vectors.values()} == {(12, 1)}
     if not bernoulli:
         assert {layout.num_active for layout in vectors.values()} == {3}
-    build_sparse_model(checkpoint, model, layouts, FP32, sparse, whole, torch.device("cpu"), vectors)
+    load(checkpoint, model, layouts, FP32, lambda: build_sparse_model(model, layouts, FP32, sparse, whole, vectors))
     made = {name: module for name, module in model.named_modules() if isinstance(module, SparseVector)}
     assert made.keys() == vectors.keys()
     assert all(isinstance(module, SparseRMSNorm) != name.endswith(".bias") for name, module in made.items())
