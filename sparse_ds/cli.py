@@ -24,8 +24,8 @@ from sparse_ds.config import (
     launcher_forces_cpu,
     load_config,
 )
+from sparse_ds.config.errors import STOPPED_EXIT_CODE, USER_ERROR_EXIT_CODE, RunStoppedError
 
-USER_ERROR_EXIT_CODE = 2
 SECONDS_FOR_RANK_0_TO_SPEAK = 20.0
 """A rank other than 0 that finds a mistake before the ranks know each other waits so long: rank 0, which most likely
 finds the same, prints it and ends, and the launcher then ends the others. Only a mistake of its own makes it speak."""
@@ -125,6 +125,8 @@ def _train(arguments: argparse.Namespace) -> int:
         _carry_out(config)
     except UserError as error:
         return _end_with(error, rank)
+    except RunStoppedError as stopped:
+        return _end_with(stopped, rank)
     return 0
 
 
@@ -195,12 +197,14 @@ def _set_up_logging(rank: int, local_rank: int) -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def _end_with(error: UserError, rank: int) -> int:
-    """Print the mistake once, by rank 0, and end all ranks."""
+def _end_with(error: UserError | RunStoppedError, rank: int) -> int:
+    """Print the mistake, or why the run has stopped, once, by rank 0, and end all ranks; returns the exit code."""
+    exit_code = error.exit_code if isinstance(error, RunStoppedError) else USER_ERROR_EXIT_CODE
+    kind = "sparse_ds" if exit_code == STOPPED_EXIT_CODE else "error"
     distributed = sys.modules.get("torch.distributed")
     in_group = distributed is not None and distributed.is_available() and distributed.is_initialized()
     if rank == 0:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"{kind}: {error}", file=sys.stderr, flush=True)
     if in_group:
         from sparse_ds.distributed import process_group
 
@@ -209,7 +213,7 @@ def _end_with(error: UserError, rank: int) -> int:
     elif rank != 0:
         time.sleep(SECONDS_FOR_RANK_0_TO_SPEAK)
         print(f"error (rank {rank}): {error}", file=sys.stderr, flush=True)
-    return USER_ERROR_EXIT_CODE
+    return exit_code
 
 
 if __name__ == "__main__":

@@ -27,26 +27,67 @@ def atomic_folder(folder: Path, *, marker: str, overwrite: bool = False) -> Iter
     Raises:
         UserError: `folder` exists and is not empty, and `overwrite` is not set or the marker is not in it.
     """
+    partial = begin_folder(folder, marker=marker, overwrite=overwrite)
+    try:
+        yield partial
+        _make_readable(partial)
+        for path in partial.rglob("*"):
+            if path.is_file():
+                flush_to_disk(path)
+        finish_folder(partial, folder)
+    except BaseException:
+        abandon_folder(partial)
+        raise
+
+
+def begin_folder(folder: Path, *, marker: str, overwrite: bool = False) -> Path:
+    """The hidden sibling of `folder` to write into; arguments and errors as for `atomic_folder`.
+
+    `finish_folder` or `abandon_folder` has to follow.
+    """
     folder = Path(os.path.realpath(folder))
     _check_replaceable(folder, marker, overwrite)
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.parent / f".{folder.name}.partial-{secrets.token_hex(4)}"
     partial.mkdir()
-    try:
-        yield partial
-        _make_readable(partial)
-        _flush_to_disk(partial)
-        _move_into_place(partial, folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    return partial
+
+
+def finish_folder(partial: Path, folder: Path) -> None:
+    """Make `partial`, whose files are on disk, visible as `folder`."""
+    folder = Path(os.path.realpath(folder))
+    # After a power cut the rename must not be there before the names of the files.
+    flush_to_disk(partial)
+    _move_into_place(partial, folder)
+    flush_to_disk(folder.parent)
+
+
+def abandon_folder(partial: Path) -> None:
+    """Remove what was begun."""
+    shutil.rmtree(partial, ignore_errors=True)
+
+
+def remove_folder(folder: Path) -> None:
+    """Delete a folder such that it is never seen half deleted."""
+    removed = folder.parent / f".{folder.name}.removed-{secrets.token_hex(4)}"
+    os.rename(folder, removed)
+    shutil.rmtree(removed, ignore_errors=True)
 
 
 def remove_leftovers(parent: Path) -> None:
-    """Delete what a killed process was writing into hidden folders below `parent`. No other may be writing there."""
-    for name in ("partial", "replaced"):
+    """Delete what a killed process left in hidden folders below `parent`. No other may be writing there."""
+    for name in ("partial", "replaced", "removed"):
         for path in parent.glob(f".*.{name}-*"):
             shutil.rmtree(path, ignore_errors=True)
+
+
+def flush_to_disk(path: Path) -> None:
+    """Return when the content of a file, or the list of files of a folder, would survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _check_replaceable(folder: Path, marker: str, overwrite: bool) -> None:
@@ -71,14 +112,6 @@ def _make_readable(folder: Path) -> None:
     for path in folder.rglob("*"):
         if path.is_file():
             path.chmod(0o666 & ~umask)
-
-
-def _flush_to_disk(folder: Path) -> None:
-    """After a power cut the rename must not be there before the bytes."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
 
 
 def _move_into_place(partial: Path, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""What a run must remember of a ZeRO-3 engine, named and global: gathered to save, cut into slices to restore."""
+"""What a run must remember of a ZeRO-3 engine, named and global: this rank's slices to save, and to restore into."""
 
 from __future__ import annotations
 
@@ -9,28 +9,42 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from sparse_ds.checkpoint.folder import Checkpoint, CheckpointWriter
+from sparse_ds.checkpoint.reading import Checkpoint
+from sparse_ds.checkpoint.tensor_file import DTYPES
+from sparse_ds.checkpoint.writing import SavedSlice
 from sparse_ds.config.errors import UserError
-from sparse_ds.distributed.zero3_partitions import (
-    MasterWeights,
-    batches_to_gather,
-    full_size,
-    gather_partitions,
-    local_partition,
-    owned_range,
-)
+from sparse_ds.distributed.zero3_partitions import MasterWeights, full_size, local_partition, owned_range
 from sparse_ds.sparse.sparse_linear import SparseLayer
 
 
 @dataclass(frozen=True)
 class StateItem:
-    """One saved tensor: its name, the parameter whose slicing applies, and this rank's slice (a view to write into)."""
+    """One saved tensor, sliced over the ranks like a parameter."""
 
     name: str
     parameter: Parameter
+    """Whose slicing applies."""
     local: Tensor
+    """This rank's slice, a view to write into; real elements only."""
+    num_elements: int
+    """Elements that are saved: the active weights. The slots behind them are 0."""
+    limit: int = 0
+    """Of integers: they are from 0 to below this."""
+    ascending: bool = False
+    """Of integers: each is larger than the one before, over all ranks."""
     is_master: bool = False
     """The slice is one of the master weights: the copy that is gathered is written with it."""
+
+    @property
+    def own_range(self) -> tuple[int, int]:
+        """(start, number) of the saved elements that this rank owns."""
+        start, num_slots = owned_range(self.parameter)
+        return start, max(0, min(num_slots, self.num_elements - start))
+
+    def saved(self) -> SavedSlice:
+        """To be written."""
+        part = self.local[: self.own_range[1]]
+        return SavedSlice.of_rank(self.name, part, self.num_elements, self.parameter.ds_tensor.ds_numel)
 
 
 def state_items(
@@ -38,6 +52,7 @@ def state_items(
     dense: Mapping[str, Parameter],
     master: MasterWeights,
     weight_states: Mapping[str, Sequence[Tensor]],
+    num_steps: int,
 ) -> list[StateItem]:
     """All tensors that train and their state, in the same order on every rank.
 
@@ -45,58 +60,74 @@ def state_items(
         layers: sparse layers by module name.
         dense: trainable parameters outside sparse layers, by name.
         master: the engine's master weights.
-        weight_states: state name -> flat tensors like `master.flats` (`exp_avg`, ...).
+        weight_states: state name -> flat tensors like `master.flats` (`exp_avg`, ...); integers among them are steps.
+        num_steps: the largest of them there can be.
     """
     items: list[StateItem] = []
-    trained = {f"{name}.values": layer.values for name, layer in layers.items()} | dict(dense)
     for name, layer in layers.items():
-        items.append(StateItem(f"{name}.indices", layer.indices, local_partition(layer.indices)))
+        items.append(
+            StateItem(
+                f"{name}.indices",
+                layer.indices,
+                local_partition(layer.indices),
+                layer.num_active,
+                limit=layer.layout.num_elements,
+                ascending=True,
+            )
+        )
+    trained = {f"{name}.values": layer.values for name, layer in layers.items()} | dict(dense)
+    num_active = {f"{name}.values": layer.num_active for name, layer in layers.items()}
     for name, parameter in trained.items():
-        items.append(StateItem(name, parameter, master.view(parameter), is_master=True))
-        stem = name.removesuffix(".values")
+        size = num_active.get(name, full_size(parameter))
+        items.append(StateItem(name, parameter, master.view(parameter), size, is_master=True))
+        stem = name.removesuffix(".values") if name in num_active else name
         for state, flats in weight_states.items():
-            items.append(StateItem(f"{stem}.{state}", parameter, master.view(parameter, flats)))
+            view = master.view(parameter, flats)
+            items.append(StateItem(f"{stem}.{state}", parameter, view, size, limit=num_steps + 1))
     return items
-
-
-def save_items(items: Sequence[StateItem], writer: CheckpointWriter | None, device: torch.device) -> Exception | None:
-    """Gather everything; the rank with a writer writes it.
-
-    A write that fails (disk full) does not end the gathering, so that no rank is left waiting.
-
-    Returns:
-        The first error of the writer, for the ranks to agree on.
-    Memory: a batch of tensors twice on `device`, one shard on the writing rank's host.
-    Collectives: one all-gather per batch; every rank must call it.
-    """
-    failure: Exception | None = None
-    for batch in batches_to_gather(items, lambda item: full_size(item.parameter) * item.local.element_size()):
-        gathered = gather_partitions([item.parameter for item in batch], [item.local for item in batch], device)
-        if writer is None or failure is not None:
-            continue
-        try:
-            for item, tensor in zip(batch, gathered, strict=True):
-                writer.add(item.name, tensor)
-        except Exception as error:
-            failure = error
-    return failure
 
 
 def restore_items(items: Sequence[StateItem], checkpoint: Checkpoint) -> None:
     """Every rank reads its own slices. The caller releases gathered parameters afterwards. Collectives: none.
 
     Raises:
-        UserError: a tensor is missing or has another size.
+        UserError: a tensor is missing, has another size or dtype, or holds what it cannot hold. Some tensors may have
+            been written by then: the run must end.
     """
     for item in items:
-        if item.name not in checkpoint.names or checkpoint.num_elements(item.name) != full_size(item.parameter):
-            found = checkpoint.num_elements(item.name) if item.name in checkpoint.names else "nothing"
-            raise UserError(
-                f"checkpoint {checkpoint.folder}: tensor {item.name!r} has {found} elements, expected "
-                f"{full_size(item.parameter)}; it was written by another run or is damaged."
-            )
-        start, num_real = owned_range(item.parameter)
-        piece = checkpoint.read(item.name, start, num_real)
-        item.local.copy_(piece)
-        if item.is_master:
-            local_partition(item.parameter).copy_(piece)
+        check_entry(checkpoint, item.name, item.local.dtype, item.num_elements)
+        start, number = item.own_range
+        # With the last element of the rank before, so that all ranks together have compared all neighbours.
+        before = 1 if item.ascending and start and number else 0
+        piece = checkpoint.read(item.name, start - before, number + before) if number else item.local[:0]
+        problem = find_problem(piece, item.limit, item.ascending)
+        if problem:
+            raise UserError(f"checkpoint {checkpoint.folder}: tensor {item.name!r} {problem}. Use another checkpoint.")
+        targets = [item.local, local_partition(item.parameter)] if item.is_master else [item.local]
+        for target in targets:
+            target[:number].copy_(piece[before:])
+            target[number:].zero_()
+
+
+def check_entry(checkpoint: Checkpoint, name: str, dtype: torch.dtype, num_elements: int) -> None:
+    """Raises UserError unless the checkpoint has this tensor of this dtype and size."""
+    entry = checkpoint.entry(name)
+    if (entry.dtype, entry.num_elements) != (DTYPES[dtype], num_elements):
+        raise UserError(
+            f"checkpoint {checkpoint.folder}: tensor {name!r} has {entry.num_elements} elements of {entry.dtype}, "
+            f"expected {num_elements} of {DTYPES[dtype]}; it was written by another run or is damaged."
+        )
+
+
+def find_problem(piece: Tensor, limit: int = 0, ascending: bool = False) -> str | None:
+    """What a run could not use: numbers that are not finite, integers outside of 0 .. limit - 1 or out of order."""
+    if piece.numel() == 0 or piece.dtype == torch.uint8:
+        return None
+    if piece.dtype.is_floating_point:
+        return None if bool(piece.isfinite().all()) else "holds numbers that are not finite"
+    lowest, highest = (int(x) for x in torch.aminmax(piece))
+    if lowest < 0 or highest >= limit:
+        return f"holds {lowest if lowest < 0 else highest}, expected 0 to {limit - 1}"
+    if ascending and not bool((piece[1:] > piece[:-1]).all()):
+        return "is not in ascending order"
+    return None

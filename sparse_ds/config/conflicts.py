@@ -69,6 +69,7 @@ def find_conflicts(sections: Mapping[str, Any]) -> list[str]:
         found += _task_conflicts(model, data)
     if train is not None:
         found += _train_conflicts(train, checkpoint)
+        found += _best_conflicts(train, checkpoint, data)
     found += _path_conflicts(model, data, train, checkpoint)
     if "deepspeed" in sections:
         found += find_deepspeed_problems(sections["deepspeed"], None if method is None else method.name)
@@ -90,6 +91,8 @@ def find_warnings(sections: Mapping[str, Any]) -> list[str]:
     if data.eval is None:
         if train.eval_interval_steps is not None:
             found.append("train.eval_interval_steps has no effect: data.eval is null.")
+        if train.early_stopping_patience is not None:
+            found.append("train.early_stopping_patience has no effect: data.eval is null.")
         if data.num_eval_samples is not None:
             found.append("data.num_eval_samples has no effect: data.eval is null.")
     return found
@@ -182,10 +185,37 @@ def _train_conflicts(train: TrainConfig, checkpoint: CheckpointConfig | None) ->
                 f"train.global_batch_size: got {train.global_batch_size}, expected a multiple of "
                 f"train.micro_batch_size ({train.micro_batch_size}){accumulation}."
             )
+    if train.early_stopping_patience is not None and train.eval_interval_steps is None:
+        yield (
+            f"train.early_stopping_patience: got {train.early_stopping_patience}, but train.eval_interval_steps is "
+            "null: there are no evaluations to count. Set it, or remove train.early_stopping_patience."
+        )
     if train.overwrite and checkpoint is not None and checkpoint.resume == "auto":
         yield (
             "train.overwrite: got true (begin anew) together with checkpoint.resume auto (go on from the latest "
             "checkpoint). Choose one of the two."
+        )
+
+
+def _best_conflicts(train: TrainConfig, checkpoint: CheckpointConfig | None, data: DataConfig | None) -> Iterator[str]:
+    if checkpoint is None or not checkpoint.best:
+        return
+    missing = []
+    if data is not None and data.eval is None:
+        missing.append("data.eval")
+    if train.eval_interval_steps is None:
+        missing.append("train.eval_interval_steps")
+    if checkpoint.interval_steps is None:
+        missing.append("checkpoint.interval_steps")
+    if missing:
+        yield (
+            f"checkpoint.best: got true, but {' and '.join(missing)} is null: no checkpoint would have a held-out "
+            "loss. Give a value, or set checkpoint.best to false."
+        )
+    elif train.eval_interval_steps and (checkpoint.interval_steps or 0) % train.eval_interval_steps:
+        yield (
+            f"checkpoint.interval_steps: got {checkpoint.interval_steps}, expected with checkpoint.best a multiple of "
+            f"train.eval_interval_steps ({train.eval_interval_steps}), so that every checkpoint has a held-out loss."
         )
 
 

@@ -218,6 +218,15 @@ class TrainConfig(_Section):
     """Where to train; `auto`: on GPUs where there are any."""
     cpu_threads: PositiveInt | None = None
     """Threads of one rank on the CPU, 1 or more; null: the machine's cores shared by its ranks."""
+    early_stopping_patience: PositiveInt | None = None
+    """End the training after so many evaluations in a row, 1 or more, without a held-out loss below all earlier ones;
+    null: never. Needs `train.eval_interval_steps`."""
+    max_skipped_steps: PositiveInt = 10
+    """A step whose loss or gradient is not finite is skipped on all ranks; after so many in a row, 1 or more, the run
+    ends and names the rows of the last one."""
+    stall_timeout_s: Annotated[float, Field(ge=5)] | None = 600.0
+    """In seconds, 5 or more: how long a rank may be silent (stopped, cut off), or all ranks of a training run without
+    a collective, until all ranks end. A rank that was killed ends the run at once; null: only that."""
 
 
 class CheckpointConfig(_Section):
@@ -227,8 +236,15 @@ class CheckpointConfig(_Section):
     """Save after every so many optimizer steps, 1 or more; null: never."""
     keep: PositiveInt = 2
     """How many of the latest checkpoints stay, 1 or more."""
+    best: bool = False
+    """The checkpoint with the lowest held-out loss stays too; for checkpoints at whose step the run evaluates."""
+    background: bool = False
+    """Write while training goes on, from a copy in the host's memory (about 20 bytes per active weight / ranks)."""
+    on_save_error: Literal["stop", "continue"] = "stop"
+    """When a checkpoint cannot be written (disk full): `stop` the run, or `continue` without it. Older ones stay."""
     resume: Text | None = None
-    """`auto`: go on from the latest checkpoint of `train.output_dir`; a path: from that one; null: begin anew."""
+    """`auto`: go on from the latest checkpoint of `train.output_dir`, or begin if there is none yet; a path: go on from
+    that one; null: begin anew."""
 
 
 class ExportConfig(_Section):

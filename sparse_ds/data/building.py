@@ -70,6 +70,7 @@ class TokenizedData:
         num_dropped: samples left out because nothing to learn was left of them.
         sample_prompts: the prompts of the first samples; none for a classification.
         labels: of a classification, in the order of their numbers; else None.
+        dropped_rows: rows of the source that were left out, ascending, counted from 0.
     """
 
     dataset: Dataset
@@ -82,6 +83,16 @@ class TokenizedData:
     num_dropped: int
     sample_prompts: list[SamplePrompt]
     labels: tuple[str, ...] | None = None
+    dropped_rows: tuple[int, ...] = ()
+
+    def row_of(self, sample: int) -> int:
+        """The row of the source from which a sample of `dataset` was made; both count from 0."""
+        row = sample
+        for dropped in self.dropped_rows:
+            if dropped > row:
+                break
+            row += 1
+        return row
 
     def describe(self) -> str:
         """One line for the start of a run."""
@@ -293,13 +304,14 @@ def _tokenize_source(
     chunks: list[Dataset] = []
     waiting: list[EncodedSample] = []
     sample_prompts: list[SamplePrompt] = []
-    num_samples = num_tokens = num_trained_tokens = num_truncated = num_dropped = 0
+    dropped_rows: list[int] = []
+    num_samples = num_tokens = num_trained_tokens = num_truncated = 0
     batch_size = min(_CHUNK_SAMPLES, max_samples or _CHUNK_SAMPLES)
     pairs = _encoded_samples(source, chosen, encoder, batch_size)
     for sample, encoded in tqdm(pairs, desc=f"tokenizing {field}", unit=" samples", disable=not show_progress, delay=1):
         num_trained = encoded.num_trained_tokens
         if num_trained == 0:
-            num_dropped += 1
+            dropped_rows.append(num_samples + len(dropped_rows))
             continue
         if len(sample_prompts) < num_sample_prompts:
             sample_prompts.append(
@@ -321,7 +333,7 @@ def _tokenize_source(
         chunks.append(_arrow_chunk(waiting))
     if not chunks:
         raise UserError(
-            f"{field}: no usable sample in {source.name}: of all {num_dropped:,} nothing to learn is left within "
+            f"{field}: no usable sample in {source.name}: of all {len(dropped_rows):,} nothing to learn is left within "
             f"data.sequence_length = {encoder.sequence_length} tokens. Raise it or shorten the prompts."
         )
     data = TokenizedData(
@@ -332,8 +344,9 @@ def _tokenize_source(
         num_tokens=num_tokens,
         num_trained_tokens=num_trained_tokens,
         num_truncated=num_truncated,
-        num_dropped=num_dropped,
+        num_dropped=len(dropped_rows),
         sample_prompts=sample_prompts,
+        dropped_rows=tuple(dropped_rows),
     )
     if show_progress:
         _log(data, field, encoder.sequence_length)

@@ -4,27 +4,38 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import TypeVar
 
 import deepspeed
 import deepspeed.comm as dist
 import torch
 import torch.distributed
+from deepspeed.constants import default_pg_timeout
 
 from sparse_ds.config.errors import UserError
+from sparse_ds.distributed.last_collective import keep_few_records
 
 T = TypeVar("T")
 
 SHARED_MEMORY_OP = "deepspeed_shm_comm"
 """DeepSpeed's name (`ShareMemCommBuilder.NAME`) of its own collectives for ranks on one machine's CPU."""
+SECONDS_AFTER_WATCHDOG = 120.0
+"""By how much a collective's own time limit is later than the watchdog's, which says more."""
+
+_before_leaving: list[Callable[[], None]] = []
 
 
-def start(device_type: str) -> None:
+def start(device_type: str, stall_timeout_s: float | None = None) -> None:
     """Join the process group (nccl on CUDA, gloo on CPU) and learn how many ranks share this machine.
 
     Sets LOCAL_WORLD_SIZE, which the `deepspeed` launcher leaves out.
+
+    Args:
+        device_type: "cpu" or "cuda".
+        stall_timeout_s: of the watchdog; a collective waits longer than that, and no less than DeepSpeed's default.
 
     Collectives: one gather of host names; every rank must call it.
     """
@@ -33,10 +44,17 @@ def start(device_type: str) -> None:
     else:
         # DeepSpeed would compile a shared-memory extension at every first start; gloo does without a compiler.
         deepspeed.ops.__compatible_ops__[SHARED_MEMORY_OP] = False
-    dist.init_distributed(dist_backend="nccl" if device_type == "cuda" else "gloo", verbose=False)
+    keep_few_records()
+    timeout = max(default_pg_timeout, timedelta(seconds=(stall_timeout_s or 0.0) + SECONDS_AFTER_WATCHDOG))
+    dist.init_distributed(dist_backend="nccl" if device_type == "cuda" else "gloo", timeout=timeout, verbose=False)
     hosts: list[str | None] = [None] * world_size()
     torch.distributed.all_gather_object(hosts, socket.gethostname())
     os.environ["LOCAL_WORLD_SIZE"] = str(hosts.count(socket.gethostname()))
+
+
+def before_leaving(action: Callable[[], None]) -> None:
+    """Have `stop` call `action` after the last collective, once."""
+    _before_leaving.append(action)
 
 
 def stop() -> None:
@@ -46,6 +64,8 @@ def stop() -> None:
     """
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
+        while _before_leaving:
+            _before_leaving.pop()()
         torch.distributed.destroy_process_group()
 
 
@@ -102,3 +122,21 @@ def agreement(what: str) -> Iterator[None]:
     if from_user:
         raise UserError(f"{message}{where}") from failure
     raise RuntimeError(f"{what} failed{where}: {kind}: {message}") from failure
+
+
+def from_rank_0(what: str, make: Callable[[], T]) -> T:
+    """What `make()` returns on rank 0, on every rank; if it fails there, every rank raises as in `agreement`.
+
+    Args:
+        what: what `make` does, for the message.
+        make: called on rank 0 only; must not communicate. Its result is small.
+
+    Collectives: an agreement and one broadcast; every rank must call it.
+    """
+    made: list[T | None] = [None]
+    with agreement(what):
+        if rank() == 0:
+            made[0] = make()
+    if torch.distributed.is_initialized():
+        torch.distributed.broadcast_object_list(made, src=0)
+    return made[0]  # type: ignore[return-value]

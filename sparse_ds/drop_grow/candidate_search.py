@@ -29,6 +29,7 @@ from sparse_ds.distributed.gradient_tiles import (
     sum_over_ranks,
 )
 from sparse_ds.distributed.process_group import rank, world_size
+from sparse_ds.distributed.zero3_partitions import all_reduce_max_
 from sparse_ds.kernels.values_gradient import gradient_block
 from sparse_ds.selection.largest_keys import LargestKeys, first_places, index_of, kth_smallest_key
 from sparse_ds.sparse.layout import SparseLayout
@@ -117,10 +118,11 @@ class TileSearch:
         self._layer, self._tile_bytes = layer, tile_bytes
 
     def find(self, grad_output_TO: Tensor, input_TI: Tensor) -> Candidates:
-        """Collectives: those of `reduced_parts` and `choose`."""
-        tiling = Tiling.within(
-            self._layer.layout, self._tile_bytes, grad_output_TO.shape[0] * grad_output_TO.element_size()
-        )
+        """Collectives: one all-reduce of a number, and those of `reduced_parts` and `choose`."""
+        # Ranks may see different numbers of tokens; their tiles must be the same.
+        row_bytes = torch.tensor([grad_output_TO.shape[0] * grad_output_TO.element_size()])
+        all_reduce_max_(row_bytes, grad_output_TO.device)
+        tiling = Tiling.within(self._layer.layout, self._tile_bytes, int(row_bytes))
         largest = LargestKeys(self._layer.layout.num_slots, input_TI.device)
         for first, part in reduced_parts(tiling, grad_output_TO, input_TI):
             largest.add(part, first)

@@ -115,7 +115,8 @@ class EstimationPhase:
         for layer in self._layers.values():
             layer.observe_gradient = None
         if self._source == "phase":
-            self.num_counted_steps += 1
+            # What was finite of a skipped step is in the sums already, and stays.
+            self.num_counted_steps += clip_coefficient is not None
             return
         if clip_coefficient is None:
             if self.num_counted_steps == 0:

@@ -9,7 +9,9 @@ JSON has no NaN and no infinity, and many readers stop at Python's bare `NaN`: s
 
 from __future__ import annotations
 
+import io
 import json
+import logging
 import math
 import os
 from collections.abc import Mapping
@@ -19,7 +21,9 @@ from typing import Any, Literal, get_args
 
 from sparse_ds.config.errors import UserError
 
-Kind = Literal["load", "step", "eval", "event", "summary"]
+logger = logging.getLogger("sparse_ds")
+
+Kind = Literal["load", "step", "eval", "event", "skipped", "summary"]
 
 
 class MetricsLog:
@@ -33,14 +37,16 @@ class MetricsLog:
 
     def __init__(self, path: Path | str, *, enabled: bool = True) -> None:
         self.path = Path(path)
-        self._file = None
+        self._file: io.FileIO | None = None
+        self._waiting = b""
+        """What could not be written yet."""
         if enabled:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             _remove_truncated_line(self.path)
-            self._file = self.path.open("a", encoding="utf-8")
+            self._file = io.FileIO(self.path, "a")
 
     def write(self, kind: Kind, record: Mapping[str, Any]) -> None:
-        """Append one record.
+        """Append one record. On a full disk it waits for the next one: a run does not end for that.
 
         Args:
             kind: its `kind` field.
@@ -54,14 +60,28 @@ class MetricsLog:
         content = {"kind": kind, **_to_json(record, "", non_finite)}
         if non_finite:
             content["non_finite"] = non_finite
-        self._file.write(json.dumps(content, allow_nan=False) + "\n")
-        self._file.flush()
+        was_waiting = bool(self._waiting)
+        self._waiting += (json.dumps(content, allow_nan=False) + "\n").encode()
+        problem = self._write_waiting()
+        if problem is not None and not was_waiting:
+            logger.warning("%s cannot be written (%s): its lines wait in memory", self.path, problem.strerror)
 
     def close(self) -> None:
         """Close the file; a second call does nothing."""
         if self._file is not None:
+            if self._write_waiting() is not None:
+                logger.error("%s: %d bytes could not be written and are lost", self.path, len(self._waiting))
             self._file.close()
             self._file = None
+
+    def _write_waiting(self) -> OSError | None:
+        assert self._file is not None
+        try:
+            while self._waiting:
+                self._waiting = self._waiting[self._file.write(self._waiting) :]
+        except OSError as error:
+            return error
+        return None
 
     def __enter__(self) -> MetricsLog:
         return self

@@ -23,6 +23,7 @@ METRICS_FILE = "metrics.jsonl"
 def run_table(summary: RunSummary) -> str:
     """The table at the end of a run. A row is left out where the run has nothing to say."""
     peak = f"peak {summary.peak_memory_gib:.2f} GiB"
+    skipped = f" ({summary.num_skipped_steps:,} skipped)" if summary.num_skipped_steps else ""
     rows: list[tuple[str, str | None]] = [
         ("held-out loss", _loss_change(summary)),
         ("held-out accuracy", _accuracy_change(summary)),
@@ -32,8 +33,8 @@ def run_table(summary: RunSummary) -> str:
         ),
         (
             "training",
-            f"{summary.num_steps:,} steps in {_duration(summary.wall_s)}, {summary.tokens_per_second:,.0f} tokens/s, "
-            f"{peak}",
+            f"{summary.num_steps:,} steps{skipped} in {_duration(summary.wall_s)}, "
+            f"{summary.tokens_per_second:,.0f} tokens/s, {peak}",
         ),
         ("sample prompt", summary.sample_prompt),
         ("answer before", summary.sample_answer_before),

@@ -33,6 +33,8 @@ class RunSummary:
     heldout_accuracy_before: float | None = None
     """Share of `data.eval` that a classification gets right before the first step."""
     heldout_accuracy_after: float | None = None
+    num_skipped_steps: int = 0
+    """Of `num_steps`: those whose loss or gradient was not finite."""
 
     @property
     def trained_fraction(self) -> float:

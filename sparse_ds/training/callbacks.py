@@ -20,6 +20,7 @@ import torch
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sparse_ds.distributed.gradient_tiles import clip_coefficient
+from sparse_ds.distributed.watchdog import Watchdog
 from sparse_ds.distributed.zero3_partitions import all_reduce_max_
 from sparse_ds.drop_grow.estimation import EstimationPhase
 from sparse_ds.drop_grow.event import DropAndGrow, EventRecord, Seeds
@@ -44,6 +45,23 @@ class OnTrainBegin(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._action(state.max_steps)
+
+
+class NotePosition(TrainerCallback):
+    """Tells the watchdog where the run is."""
+
+    def __init__(self, watchdog: Watchdog) -> None:
+        self._watchdog = watchdog
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._watchdog.note(f"step {state.global_step + 1}", is_training=True)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._watchdog.note("the end of the run", is_training=False)
 
 
 class EpochOrder(TrainerCallback):
@@ -148,7 +166,7 @@ class WriteMetrics(TrainerCallback):
         """Tokens of all ranks so far."""
         self.train_wall_s = 0.0
         """Seconds spent in training steps and events so far; evaluation excluded."""
-        self._last_heldout: tuple[int, float] | None = None
+        self._last_heldout: tuple[int, float, float | None] | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -176,7 +194,7 @@ class WriteMetrics(TrainerCallback):
         logs = logs or {}
         if "eval_loss" in logs:
             evaluated = {name.removeprefix("eval_"): value for name, value in logs.items() if name.startswith("eval_")}
-            self._last_heldout = (state.global_step, logs["eval_loss"])
+            self._last_heldout = (state.global_step, logs["eval_loss"], logs.get("eval_accuracy"))
             self._log.write("eval", {"step": state.global_step, **evaluated})
         elif "loss" in logs:
             now = time.perf_counter()
@@ -195,9 +213,21 @@ class WriteMetrics(TrainerCallback):
             }
             self._log.write("step", {"step": state.global_step, **record})
 
-    def heldout_loss_at(self, step: int) -> float | None:
-        """The held-out loss if it was last measured after `step`."""
-        return self._last_heldout[1] if self._last_heldout is not None and self._last_heldout[0] == step else None
+    def heldout_at(self, step: int) -> tuple[float, float | None] | None:
+        """(held-out loss, accuracy of a classification) if they were last measured after `step`."""
+        return self._last_heldout[1:] if self._last_heldout is not None and self._last_heldout[0] == step else None
+
+    def saved_state(self) -> dict[str, Any]:
+        """For a checkpoint: what a resumed run goes on counting from."""
+        last = None if self._last_heldout is None else list(self._last_heldout)
+        return {"num_tokens": self.num_tokens, "train_wall_s": self.train_wall_s, "last_heldout": last}
+
+    def restore_state(self, state: dict[str, Any]) -> None:
+        """Take over what `saved_state` returned."""
+        self.num_tokens, self.train_wall_s = int(state["num_tokens"]), float(state["train_wall_s"])
+        if state["last_heldout"] is not None:
+            step, loss, accuracy = state["last_heldout"]
+            self._last_heldout = int(step), float(loss), None if accuracy is None else float(accuracy)
 
 
 class ProgressBar(ProgressCallback):

@@ -1,232 +1,236 @@
-"""Saving and going on: what `checkpoint` stores, collected from the Trainer, the optimizer and the run."""
+"""The checkpoints of one run: saved in the foreground or background, kept, gone on from. See docs/checkpoints.md."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
-from torch import Tensor
+from pydantic import BaseModel, ConfigDict, ValidationError
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from sparse_ds.checkpoint.folder import (
-    TRAINER_STATE_FILE,
-    Checkpoint,
-    CheckpointIndex,
-    CheckpointWriter,
-    remove_old_checkpoints,
-    writing_checkpoint,
-)
-from sparse_ds.checkpoint.zero3_state import StateItem, restore_items, save_items, state_items
-from sparse_ds.config import RunConfig
+from sparse_ds.checkpoint.reading import Checkpoint
+from sparse_ds.checkpoint.run_folder import checkpoint_path, remove_old_checkpoints
+from sparse_ds.checkpoint.writing import CheckpointWrite, IndexContent, SavedSlice, copy_to_host
+from sparse_ds.config import UserError
+from sparse_ds.config.schema import CheckpointConfig
 from sparse_ds.distributed import process_group
-from sparse_ds.distributed.zero3_partitions import MasterWeights
-from sparse_ds.drop_grow.estimation import EstimationPhase
-from sparse_ds.drop_grow.weight_states import WeightStates
-from sparse_ds.model.base_checkpoint import BaseCheckpoint
-from sparse_ds.optim.sm3 import SparseSM3
-from sparse_ds.optim.sparse_adamw import SparseAdamW
-from sparse_ds.sparse.sparse_linear import SparseLayer
-from sparse_ds.training.setup import PreparedModel
+from sparse_ds.training.engine_state import EngineCounters, EngineState
+from sparse_ds.training.trainer_progress import TrainerCounters, TrainerProgress
 
-if TYPE_CHECKING:
-    from sparse_ds.training.trainer import SparseTrainer
-
-ADAMW_STATES = ("exp_avg", "exp_avg_sq")
+logger = logging.getLogger("sparse_ds")
 
 
-def run_identity(config: RunConfig, base: BaseCheckpoint, prepared: PreparedModel) -> dict[str, Any]:
-    """What a checkpoint and the run that goes on from it must have in common, in plain JSON types."""
-    return {
-        "base_name": config.model.name_or_path,
-        "base_revision": config.model.revision,
-        "base_fingerprint": base.fingerprint(),
-        "quantization": config.model.quantization,
-        "double_quantization": config.model.double_quantization,
-        "dtype": config.model.dtype,
-        "method": config.method.name,
-        "momentum": config.optimizer.momentum,
-        "drop_criterion": config.method.drop_criterion,
-        "redistribution_factor": config.method.redistribution_factor,
-        "seed": config.train.seed,
-        "task": config.model.task,
-        "labels": None if prepared.classification is None else list(prepared.classification.labels),
-        "active_weights": {name: layer.layout.num_active for name, layer in prepared.layers.items()},
-    }
+class Best(BaseModel):
+    """The checkpoint with the lowest held-out loss."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    step: int
+    heldout_loss: float
+
+
+class RunState(BaseModel):
+    """`run_state` of the index."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    engine: EngineCounters
+    trainer: TrainerCounters
+    best: Best | None
+    """Of the checkpoints up to this one."""
+    report: dict[str, Any]
+    """What the run itself wants back."""
+
+
+class _Saving:
+    """One checkpoint between its begin and its end.
+
+    Args:
+        write: where it goes.
+        slices: this rank's part, not changed by anybody until it is written.
+        content: what rank 0 writes besides.
+        best: the best when this one is there.
+    """
+
+    def __init__(
+        self, write: CheckpointWrite, slices: list[SavedSlice], content: IndexContent, best: Best | None
+    ) -> None:
+        self.write, self.slices, self.content, self.best = write, slices, content, best
+        self.sha256 = ""
+        self.failure: Exception | None = None
+        self.thread = threading.Thread(target=self.run, name="checkpoint", daemon=True)
+
+    def run(self) -> None:
+        """Write this rank's file. Collectives: none."""
+        try:
+            self.sha256 = self.write.write(self.slices)
+        except Exception as error:
+            self.failure = error
 
 
 class RunCheckpoints:
     """Saves and restores one run.
 
     Args:
-        config: the run.
+        settings: section `checkpoint` of the configuration.
         identity: `run_identity`.
         folder: output folder of the run.
-        trainer: the run's Trainer.
-        prepared: the run's model.
-        device: where to gather.
+        engine: what trains.
+        progress: how far the Trainer is.
     """
 
     def __init__(
         self,
-        config: RunConfig,
+        settings: CheckpointConfig,
         identity: dict[str, Any],
         folder: Path,
-        trainer: SparseTrainer,
-        prepared: PreparedModel,
-        device: torch.device,
+        engine: EngineState,
+        progress: TrainerProgress,
     ) -> None:
-        self._identity, self._keep, self._folder = identity, config.checkpoint.keep, folder
-        self._trainer, self._prepared, self._device = trainer, prepared, device
+        self._settings, self._identity, self._folder = settings, identity, folder
+        self._engine, self._progress = engine, progress
+        self._in_flight: _Saving | None = None
+        self.best: Best | None = None
+        self.num_failed = 0
+        """Checkpoints that could not be written."""
 
-    def save(
-        self,
-        master: MasterWeights,
-        weight_states: WeightStates | None,
-        estimation: EstimationPhase | None,
-        run_state: Mapping[str, Any],
-    ) -> None:
-        """Write `checkpoint-<step>`, then delete old ones.
+    def save(self, report: dict[str, Any], heldout_loss: float | None = None) -> None:
+        """Write `checkpoint-<step>` and delete old ones; in the background only begin to.
 
         Before the one event of a method that selects once nothing has been trained, and nothing is saved.
 
         Args:
-            master: the engine's master weights.
-            weight_states: of the sparse values; None for `full`.
-            estimation: the method's phases, if it has any.
-            run_state: what the run wants back from `restore`, in plain JSON types.
+            report: what the run wants back from `restore`, in plain JSON types.
+            heldout_loss: measured after this step, if it was.
 
-        Collectives: the gathers of `save_items`, then an agreement on success; every rank must call it.
+        Memory: in the background a copy of this rank's part on the host, else one tensor.
+        Collectives: those of `CheckpointWrite`, two agreements and a gather; every rank must call it.
 
         Raises:
-            UserError: writing failed (disk full); earlier checkpoints are untouched.
+            UserError: writing failed (disk full) and `checkpoint.on_save_error` is `stop`; earlier ones stay.
         """
-        optimizer = _inner_optimizer(self._trainer)
-        step = self._trainer.state.global_step
-        if isinstance(optimizer, SparseAdamW) and optimizer.paused:
+        self.finish()
+        if self._engine.is_paused:
             return
-        items = self._items(master, weight_states, estimation, optimizer)
-        if process_group.rank() != 0:
-            save_items(items, None, self._device)
-            with process_group.agreement("saving a checkpoint"):
-                return
-        failure: Exception | None = None
+        step = self._progress.step
         try:
-            with writing_checkpoint(self._folder, step) as folder:
-                writer = CheckpointWriter(folder)
-                failure = save_items(items, writer, self._device)
-                if failure is not None:
-                    raise failure
-                self._add_accumulators(optimizer, writer)
-                self._trainer.state.save_to_json(str(folder / TRAINER_STATE_FILE))
-                index = CheckpointIndex(
-                    step=step,
-                    identity=self._identity,
-                    run_state={
-                        **run_state,
-                        "scheduler": self._trainer.lr_scheduler.state_dict(),
-                        "adamw_step": _adamw_step(optimizer),
-                        "num_active": {name: layer.num_active for name, layer in self._layers.items()},
-                        "num_counted_steps": 0 if estimation is None else estimation.num_counted_steps,
-                    },
-                )
-                writer.finish(index)
-            remove_old_checkpoints(self._folder, self._keep)
-        except Exception as error:
-            failure = error
-        with process_group.agreement(f"saving the checkpoint of step {step}"):
-            if failure is not None:
-                raise failure
+            write = CheckpointWrite(checkpoint_path(self._folder, step), step)
+        except UserError as error:
+            return self._fail(error)
+        try:
+            with process_group.agreement(f"collecting the state of step {step}"):
+                self._in_flight = self._collect(write, step, report, heldout_loss)
+        except BaseException:
+            write.abandon()
+            raise
+        if self._settings.background:
+            self._in_flight.thread.start()
+        else:
+            self._in_flight.run()
+            self.finish()
 
-    def restore(
-        self,
-        master: MasterWeights,
-        weight_states: WeightStates | None,
-        estimation: EstimationPhase | None,
-        checkpoint: Checkpoint,
-    ) -> None:
-        """Take over tensors, optimizer state and learning rate. Every rank reads its own slices.
+    def poll(self) -> None:
+        """Publish what is in flight, if all ranks have written. Collectives: a gather while something is in flight."""
+        saving = self._in_flight
+        if saving is not None and all(process_group.gather(not saving.thread.is_alive())):
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait for what is in flight and publish it; nothing otherwise.
+
+        Collectives: an agreement, a gather and those of `CheckpointWrite.publish`; every rank must call it.
+
+        Raises:
+            UserError: as `save`.
+        """
+        saving, self._in_flight = self._in_flight, None
+        if saving is None:
+            return
+        if saving.thread.ident is not None:
+            saving.thread.join()
+        try:
+            with process_group.agreement(f"saving the checkpoint of step {saving.write.step}"):
+                if saving.failure is not None:
+                    raise saving.failure
+            hashes = process_group.gather(saving.sha256)
+            saving.write.publish(hashes, {item.name: item.entry for item in saving.slices}, saving.content)
+        except UserError as error:
+            saving.write.abandon()
+            return self._fail(error)
+        except BaseException:
+            saving.write.abandon()
+            raise
+        self.best = saving.best
+        if process_group.rank() == 0:
+            best_step = self.best.step if self._settings.best and self.best is not None else None
+            remove_old_checkpoints(self._folder, self._settings.keep, best_step)
+
+    def restore(self, checkpoint: Checkpoint) -> dict[str, Any]:
+        """Take over everything but the random generators (`TrainerProgress.restore_generators`); returns the report.
 
         Collectives: an agreement on success; every rank must call it. Gathered parameters must be released after it.
+
+        Raises:
+            UserError: the checkpoint does not fit this run.
         """
-        optimizer = _inner_optimizer(self._trainer)
         with process_group.agreement("restoring the checkpoint"):
-            state = checkpoint.index.run_state
-            if isinstance(optimizer, SparseSM3):
-                optimizer.load_accumulators(
-                    {
-                        name: (checkpoint.read(f"{name}.row_accumulator"), checkpoint.read(f"{name}.col_accumulator"))
-                        for name in optimizer.accumulator_names
-                    }
-                )
-            elif isinstance(optimizer, SparseAdamW):
-                optimizer.num_applied_steps = round(state["adamw_step"])
-            else:
-                _make_adamw_state(optimizer, master, float(state["adamw_step"]))
-            for name, layer in self._layers.items():
-                layer.num_active = state["num_active"][name]
-            if estimation is not None and state["num_counted_steps"]:
-                estimation.restore_phase(state["num_counted_steps"])
-            states = _states(weight_states, optimizer, master)
-            restore_items(self._items(master, weight_states, estimation, optimizer, states), checkpoint)
-            if weight_states is not None:
-                weight_states.write(states)
-            scheduler = self._trainer.lr_scheduler
-            scheduler.load_state_dict(checkpoint.index.run_state["scheduler"])
-            for group, learning_rate in zip(optimizer.param_groups, scheduler.get_last_lr(), strict=True):
-                group["lr"] = learning_rate
+            try:
+                state = RunState.model_validate(checkpoint.index.run_state)
+            except ValidationError as error:
+                where = ".".join(str(part) for part in error.errors()[0]["loc"])
+                raise UserError(
+                    f"checkpoint {checkpoint.folder}: `run_state.{where}` is not what a run writes."
+                ) from error
+            names = self._engine.restore(checkpoint, state.engine) | self._progress.restore(checkpoint, state.trainer)
+            unknown = sorted(checkpoint.names - names)
+            if unknown:
+                raise UserError(f"checkpoint {checkpoint.folder}: tensor {unknown[0]!r} is not of this run.")
+        checkpoint.close()
+        if state.best is not None and checkpoint_path(self._folder, state.best.step).is_dir():
+            self.best = state.best
+        return state.report
 
-    @property
-    def _layers(self) -> dict[str, SparseLayer]:
-        return self._prepared.layers
+    def describe(self) -> list[str]:
+        """What is to be said at the end of the run."""
+        lines = []
+        if self.num_failed:
+            lines.append(f"{self.num_failed} checkpoint(s) could not be written")
+        if self._settings.best and self.best is not None:
+            path = checkpoint_path(self._folder, self.best.step)
+            lines.append(f"lowest held-out loss of all checkpoints: {self.best.heldout_loss:.4f}, {path}")
+        return lines
 
-    def _items(
-        self,
-        master: MasterWeights,
-        weight_states: WeightStates | None,
-        estimation: EstimationPhase | None,
-        optimizer: torch.optim.Optimizer,
-        states: Mapping[str, list[Tensor]] | None = None,
-    ) -> list[StateItem]:
-        if states is None:
-            states = _states(weight_states, optimizer, master)
-        items = state_items(self._layers, self._prepared.dense_parameters, master, states)
-        for name, sums in ({} if estimation is None else estimation.saved_slices()).items():
-            values = self._layers[name].values
-            items.append(StateItem(f"{name}.candidates", values, sums.indices))
-            items.append(StateItem(f"{name}.gradient_sum", values, sums.gradient))
-            items.append(StateItem(f"{name}.gradient_square_sum", values, sums.gradient_square))
-        return items
+    def _collect(
+        self, write: CheckpointWrite, step: int, report: dict[str, Any], heldout_loss: float | None
+    ) -> _Saving:
+        best = self.best
+        if heldout_loss is not None and heldout_loss < (float("inf") if best is None else best.heldout_loss):
+            best = Best(step=step, heldout_loss=heldout_loss)
+        state = RunState(
+            engine=self._engine.counters(), trainer=self._progress.counters(), best=best, report=report
+        ).model_dump()
+        # Rank 0 writes it.
+        trainer_state = self._progress.state_text() if process_group.rank() == 0 else ""
+        slices = [*self._engine.slices(step), *self._progress.slices()]
+        if self._settings.background:
+            slices = copy_to_host(slices)
+        return _Saving(write, slices, IndexContent(self._identity, state, trainer_state), best)
 
-    def _add_accumulators(self, optimizer: torch.optim.Optimizer, writer: CheckpointWriter) -> None:
-        if isinstance(optimizer, SparseSM3):
-            for name in optimizer.accumulator_names:
-                writer.add(f"{name}.row_accumulator", optimizer.row_accumulator(name))
-                writer.add(f"{name}.col_accumulator", optimizer.col_accumulator(name))
+    def _fail(self, error: UserError) -> None:
+        """On all ranks alike."""
+        self.num_failed += 1
+        if self._settings.on_save_error == "stop":
+            raise error
+        logger.warning("%s Training goes on without it (checkpoint.on_save_error).", error)
 
 
-def _inner_optimizer(trainer: SparseTrainer) -> torch.optim.Optimizer:
-    optimizer: torch.optim.Optimizer = trainer.deepspeed.optimizer.optimizer
-    return optimizer
+class PublishCheckpoints(TrainerCallback):
+    """At the end of each step: a checkpoint that all ranks have written in the background appears."""
 
+    def __init__(self, checkpoints: RunCheckpoints) -> None:
+        self._checkpoints = checkpoints
 
-def _states(
-    weight_states: WeightStates | None, optimizer: torch.optim.Optimizer, master: MasterWeights
-) -> dict[str, list[Tensor]]:
-    if weight_states is not None:
-        return weight_states.read()
-    states = [optimizer.state[flat] for flat in master.flats]
-    return {name: [state[name] for state in states] for name in ADAMW_STATES if all(name in state for state in states)}
-
-
-def _adamw_step(optimizer: torch.optim.Optimizer) -> float:
-    if isinstance(optimizer, SparseAdamW):
-        return float(optimizer.num_applied_steps)
-    steps = [float(state["step"]) for state in optimizer.state.values() if "step" in state]
-    return steps[0] if steps else 0.0
-
-
-def _make_adamw_state(optimizer: torch.optim.Optimizer, master: MasterWeights, step: float) -> None:
-    for flat in master.flats:
-        moments = {name: torch.zeros_like(flat, requires_grad=False) for name in ADAMW_STATES}
-        optimizer.state[flat] = {"step": torch.tensor(step), **moments}
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._checkpoints.poll()

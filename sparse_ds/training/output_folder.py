@@ -73,6 +73,19 @@ class OutputFolder:
                 "Choose another folder."
             )
 
+    def check_unfinished(self) -> None:
+        """A run without a checkpoint may begin anew only as long as it has no result.
+
+        Raises:
+            UserError: the folder holds an adapter or a merged model.
+        """
+        for result in (self.adapter, self.merged):
+            if result.exists():
+                raise UserError(
+                    f"checkpoint.resume: auto, but {self.path} holds no checkpoint and a finished run "
+                    f"({result.name}/). Start anew with `--set train.overwrite=true`, or choose another folder."
+                )
+
     def _looks_like_ours(self) -> bool:
         known = {self.adapter.name, self.merged.name}
         return all(entry.name in known or entry.name.startswith("checkpoint-") for entry in self.path.iterdir())

@@ -22,12 +22,17 @@ import transformers
 from transformers import PrinterCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from sparse_ds.checkpoint.folder import Checkpoint, check_identity, find_checkpoint, remove_checkpoints_after
+from sparse_ds.checkpoint.identity import check_identity
+from sparse_ds.checkpoint.reading import Checkpoint
+from sparse_ds.checkpoint.run_folder import find_checkpoint, remove_checkpoints_after
 from sparse_ds.config import RunConfig, UserError
+from sparse_ds.config.errors import STOPPED_EXIT_CODE, RunStoppedError
 from sparse_ds.config.methods import all_methods
 from sparse_ds.data import DataBundle, SamplePrompt, build_datasets
+from sparse_ds.data.fingerprint import dataset_fingerprint
 from sparse_ds.distributed import process_group
 from sparse_ds.distributed.launch_environment import LaunchEnvironment
+from sparse_ds.distributed.watchdog import Watchdog
 from sparse_ds.distributed.zero3_partitions import MasterWeights, all_reduce_max_, full_size
 from sparse_ds.drop_grow.estimation import EstimationPhase
 from sparse_ds.drop_grow.event import EventRecord
@@ -48,15 +53,19 @@ from sparse_ds.training.base_guard import BaseGuard
 from sparse_ds.training.callbacks import (
     EpochOrder,
     MergeAccumulators,
+    NotePosition,
     OnTrainBegin,
     ProgressBar,
     RunEvents,
     WriteMetrics,
 )
-from sparse_ds.training.checkpointing import RunCheckpoints, run_identity
+from sparse_ds.training.checkpointing import PublishCheckpoints, RunCheckpoints
+from sparse_ds.training.early_stopping import EarlyStopping
+from sparse_ds.training.engine_state import EngineState
 from sparse_ds.training.evaluation import sample_answer
 from sparse_ds.training.global_order import GlobalOrderSampler
 from sparse_ds.training.output_folder import OutputFolder
+from sparse_ds.training.run_identity import check_same_run, run_identity
 from sparse_ds.training.saving import save_deltas, save_dense_model
 from sparse_ds.training.setup import (
     EventSchedule,
@@ -68,7 +77,10 @@ from sparse_ds.training.setup import (
     make_training_arguments,
     prepare_model,
 )
+from sparse_ds.training.skipped_steps import SkippedSteps, samples_of_step
+from sparse_ds.training.stop_signals import StopSignals, StopTogether
 from sparse_ds.training.trainer import SparseTrainer, classification_loss
+from sparse_ds.training.trainer_progress import TrainerProgress, check_trainer_state
 
 logger = logging.getLogger("sparse_ds")
 
@@ -83,17 +95,29 @@ def run(config: RunConfig, launch: LaunchEnvironment, device_type: str) -> None:
 
     Raises:
         UserError: anything wrong with what the user gave, before training starts.
+        RunStoppedError: the run was asked to stop, or cannot go on; all ranks raise it together.
     """
     output = OutputFolder(config.train.output_dir)
     output.check(overwrite=config.train.overwrite, resume=config.checkpoint.resume)
     base_folder = find_base_model(config.model.name_or_path, config.model.revision)
     transformers.utils.logging.set_verbosity_error()
-    process_group.start(device_type)
+    process_group.start(device_type, config.train.stall_timeout_s)
     device = torch.device("cuda", launch.local_rank) if device_type == "cuda" else torch.device("cpu")
     if device_type == "cpu":
         _share_cores(config)
-    summary = _Training(config, launch, output, base_folder, device).carry_out()
-    process_group.stop()
+    watchdog = Watchdog(launch.rank, launch.world_size, config.train.stall_timeout_s)
+    watchdog.start()
+    process_group.before_leaving(watchdog.stop)
+    with StopSignals(launch.rank, launch.launcher) as signals:
+        try:
+            summary = _Training(config, launch, output, base_folder, device, watchdog, signals).carry_out()
+        except (UserError, RunStoppedError):
+            # All ranks raise it together, and leave together.
+            raise
+        except Exception as error:
+            watchdog.fail(error)
+            raise
+        process_group.stop()
     # Trainer left a global mark that makes transformers build every later model under ZeRO-3.
     unset_hf_deepspeed_config()
     if launch.rank == 0:
@@ -126,9 +150,15 @@ class _Training:
         output: OutputFolder,
         base_folder: Path,
         device: torch.device,
+        watchdog: Watchdog,
+        signals: StopSignals,
     ) -> None:
         self.config, self.launch, self.output = config, launch, output
         self.base_folder, self.device = base_folder, device
+        self.watchdog = watchdog
+        self.stop = StopTogether(signals, device)
+        patience = config.train.early_stopping_patience
+        self.early_stopping = None if patience is None else EarlyStopping(patience, device)
         self.is_main = launch.rank == 0
         self.index_hash: str | None = None
         self.answers = _Answers()
@@ -153,7 +183,7 @@ class _Training:
                 num_sample_prompts=config.monitor.num_sample_prompts,
                 show_progress=self.is_main,
             )
-            sampler = GlobalOrderSampler(len(self.data.train), plan.global_batch_size, config.train.seed)
+            sampler = self.sampler = GlobalOrderSampler(len(self.data.train), plan.global_batch_size, config.train.seed)
             classification = self._plan_classification()
         require_same_base(self.base_folder, fingerprint)
         self.prepared: PreparedModel = prepare_model(
@@ -163,21 +193,32 @@ class _Training:
             classification,
             show_progress=self.is_main and config.monitor.progress_bar,
         )
-        identity = run_identity(config, checkpoint, self.prepared)
-        self.resumed = self._find_resumed(identity, len(sampler) // plan.global_batch_size)
+        data = dataset_fingerprint(self.data.train)
+        self.identity = run_identity(config, checkpoint, self.prepared, data, plan.global_batch_size)
+        check_same_run(self.identity)
+        self.steps_per_epoch = len(sampler) // plan.global_batch_size
+        self.resumed = self._find_resumed()
         with process_group.agreement("making the output folder"):
             if self.is_main:
                 self.output.create(config.to_dict(), resume=config.checkpoint.resume)
-                if self.resumed is not None:
-                    # In a folder of its own there is nothing of the kind.
-                    drop_records_after(self.output.metrics, self.resumed.index.step)
-                    remove_checkpoints_after(self.output.path, self.resumed.index.step)
+                if config.checkpoint.resume is not None:
+                    # In a folder of its own there is nothing of the kind. Without a checkpoint all is written again.
+                    step = -1 if self.resumed is None else self.resumed.index.step
+                    drop_records_after(self.output.metrics, step)
+                    remove_checkpoints_after(self.output.path, step)
         self.log = MetricsLog(self.output.metrics, enabled=self.is_main)
         self._log_load(checkpoint)
         self.trainer = self._make_trainer(sampler)
-        self.checkpoints = RunCheckpoints(config, identity, self.output.path, self.trainer, self.prepared, self.device)
         self._say_start(plan)
         self.trainer.train(resume_from_checkpoint=None if self.resumed is None else str(self.resumed.folder))
+        self.checkpoints.finish()
+        if self.stop.is_stopping:
+            self.log.close()
+            raise RunStoppedError(
+                f"stopped by {self.stop.reason} after step {self.trainer.state.global_step}; go on with "
+                "`--resume auto`",
+                STOPPED_EXIT_CODE,
+            )
         summary = self._summarize()
         self._save()
         self.log.close()
@@ -225,17 +266,32 @@ class _Training:
             sampler=sampler,
             heldout=self.data.eval,
             on_save=self._save_checkpoint,
+            on_restore_generators=lambda: self.progress.restore_generators(),
             model=self.prepared.model,
             args=arguments,
             data_collator=self.data.collator,
             train_dataset=self.data.train,
             eval_dataset=self.data.eval,
-            callbacks=[EpochOrder(sampler), BaseGuard(self.prepared.frozen_parameters), OnTrainBegin(self._bind)],
+            callbacks=[
+                EpochOrder(sampler),
+                NotePosition(self.watchdog),
+                BaseGuard(self.prepared.frozen_parameters),
+                OnTrainBegin(self._bind),
+            ],
             compute_loss_func=None if self.prepared.classification is None else classification_loss,
         )
         trainer.remove_callback(PrinterCallback)
         self.metrics = WriteMetrics(trainer, self.log)
         trainer.add_callback(self.metrics)
+        self.skipped = SkippedSteps(
+            trainer,
+            self.log,
+            self._rows_of_step,
+            config.train.max_skipped_steps,
+        )
+        for each in (self.skipped, self.stop, self.early_stopping):
+            if each is not None:
+                trainer.add_callback(each)
         if config.monitor.progress_bar:
             trainer.add_callback(ProgressBar())
         return trainer
@@ -248,6 +304,20 @@ class _Training:
         optimizer = self.trainer.deepspeed.optimizer.optimizer
         if isinstance(optimizer, SparseSM3 | SparseAdamW):
             self._bind_sparse(optimizer, total_steps)
+        engine = EngineState(
+            self.prepared.layers,
+            self.prepared.dense_parameters,
+            master,
+            optimizer,
+            self.weight_states,
+            self.estimation,
+        )
+        self.progress = TrainerProgress(self.trainer, self.config.train.seed, self.steps_per_epoch)
+        self.checkpoints = RunCheckpoints(
+            self.config.checkpoint, self.identity, self.output.path, engine, self.progress
+        )
+        if self.config.checkpoint.background:
+            self.trainer.add_callback(PublishCheckpoints(self.checkpoints))
         prompt = self.data.sample_prompts[0] if self.data.sample_prompts else None
         if self.resumed is not None:
             self._go_on(self.resumed, prompt)
@@ -284,47 +354,59 @@ class _Training:
         )
         self.trainer.add_callback(events)
 
-    def _find_resumed(self, identity: dict[str, Any], steps_per_epoch: int) -> Checkpoint | None:
+    def _find_resumed(self) -> Checkpoint | None:
         """The checkpoint to go on from, checked on every rank; None for a run from the start."""
         wanted, train = self.config.checkpoint.resume, self.config.train
         if wanted is None:
             return None
-        total_steps = math.ceil(train.num_epochs * steps_per_epoch) if train.max_steps is None else train.max_steps
+        total_steps = math.ceil(train.num_epochs * self.steps_per_epoch) if train.max_steps is None else train.max_steps
+        checkpoint = find_checkpoint(self.output.path, wanted)
         with process_group.agreement("reading the checkpoint"):
-            checkpoint, problems = find_checkpoint(self.output.path, wanted)
-            check_identity(checkpoint.index.identity, identity, checkpoint.folder)
-            if checkpoint.index.step >= total_steps:
+            if checkpoint is None:
+                self.output.check_unfinished()
+                logger.info("no checkpoint in %s yet: the run begins from its first step", self.output.path)
+                return None
+            check_identity(checkpoint.index.identity, self.identity, checkpoint.folder)
+            check_trainer_state(checkpoint)
+            if checkpoint.index.step > total_steps:
                 raise UserError(
                     f"checkpoint.resume: {checkpoint.folder} is of step {checkpoint.index.step} and the run has "
-                    f"{total_steps} steps: nothing is left to train. Raise train.max_steps (or train.num_epochs), or "
-                    "start anew with `--set train.overwrite=true`."
+                    f"{total_steps} steps. Raise train.max_steps (or train.num_epochs), or start anew with "
+                    "`--set train.overwrite=true`."
                 )
-        for problem in problems:
-            logger.warning("passed over: %s", problem)
         logger.info("going on from %s (step %d)", checkpoint.folder, checkpoint.index.step)
         return checkpoint
 
     def _go_on(self, checkpoint: Checkpoint, prompt: SamplePrompt | None) -> None:
-        self.checkpoints.restore(self.master, self.weight_states, self.estimation, checkpoint)
+        report = self.checkpoints.restore(checkpoint)
         self.trainer.release_gathered()
-        state = checkpoint.index.run_state
-        self.heldout_before, self.index_hash = state["heldout_before"], state["index_hash"]
-        self.accuracy_before = state["accuracy_before"]
-        self.answers = _Answers(prompt, before=state["answer_before"])
-        self.metrics.num_tokens, self.metrics.train_wall_s = state["num_tokens"], state["train_wall_s"]
+        with process_group.agreement("restoring the report"):
+            try:
+                self.heldout_before, self.accuracy_before = report["heldout_before"], report["accuracy_before"]
+                self.index_hash = report["index_hash"]
+                self.answers = _Answers(prompt, before=report["answer_before"])
+            except KeyError as error:
+                raise UserError(f"checkpoint {checkpoint.folder}: `run_state.report` has no {error}.") from error
+        if self.stop.evaluation_due and self.data.eval is not None:
+            self.stop.evaluation_due = False
+            self.trainer.evaluate()
+
+    def _rows_of_step(self, step: int) -> list[int]:
+        """Rows of `data.train`, counted from 0, of which a step of the current epoch is made."""
+        size = self.config.batch_plan(self.launch.world_size).global_batch_size
+        return [self.data.train_data.row_of(sample) for sample in samples_of_step(self.sampler, size, step)]
 
     def _save_checkpoint(self) -> None:
-        self.checkpoints.save(self.master, self.weight_states, self.estimation, self._run_state())
+        heldout = self.metrics.heldout_at(self.trainer.state.global_step)
+        self.checkpoints.save(self._report(), None if heldout is None else heldout[0])
 
-    def _run_state(self) -> dict[str, Any]:
+    def _report(self) -> dict[str, Any]:
         """What a resumed run needs to report the whole run."""
         return {
             "heldout_before": self.heldout_before,
             "accuracy_before": self.accuracy_before,
             "answer_before": self.answers.before,
             "index_hash": self.index_hash,
-            "num_tokens": self.metrics.num_tokens,
-            "train_wall_s": self.metrics.train_wall_s,
         }
 
     def _log_event(self, record: EventRecord) -> None:
@@ -359,12 +441,14 @@ class _Training:
         return answer
 
     def _summarize(self) -> RunSummary:
-        heldout_after = None
+        heldout_after = accuracy_after = None
         if self.data.eval is not None:
-            heldout_after = self.metrics.heldout_loss_at(self.trainer.state.global_step)
-            if heldout_after is None:
-                heldout_after = self.trainer.evaluate()["eval_loss"]
-        last_heldout = self.trainer.last_heldout
+            step = self.trainer.state.global_step
+            if self.metrics.heldout_at(step) is None:
+                self.trainer.evaluate()
+            heldout_after, accuracy_after = self.metrics.heldout_at(step) or (None, None)
+        for line in self.checkpoints.describe():
+            logger.info("%s", line)
         if self.answers.prompt is not None:
             self.answers = replace(self.answers, after=self._answer(self.answers.prompt))
         peak = torch.tensor([memory_gib(self.device)["peak_memory_gib"]], dtype=torch.float64)
@@ -387,7 +471,8 @@ class _Training:
             adapter_dir=str(self.output.adapter) if self.prepared.layers else None,
             merged_dir=None,
             heldout_accuracy_before=self.accuracy_before,
-            heldout_accuracy_after=None if last_heldout is None else last_heldout.accuracy,
+            heldout_accuracy_after=accuracy_after,
+            num_skipped_steps=self.skipped.num_skipped,
         )
 
     def _save(self) -> None:

@@ -17,6 +17,7 @@ from transformers import Trainer
 from sparse_ds.distributed.zero3_partitions import all_reduce_sum
 from sparse_ds.training.evaluation import HeldoutResult, heldout_loss
 from sparse_ds.training.global_order import GlobalOrderSampler
+from sparse_ds.training.skipped_steps import with_gradient_of_its_kind
 
 OnSave = Callable[[], None]
 MakeOptimizer = Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]
@@ -41,6 +42,7 @@ class SparseTrainer(Trainer):
         sampler: order of the training samples.
         heldout: tokenized held-out data, or None.
         on_save: saves a checkpoint; called on every rank when Trainer wants one.
+        on_restore_generators: in a run that goes on, called when the random generators have to be set back.
         **kwargs: as for `transformers.Trainer`.
     """
 
@@ -51,15 +53,14 @@ class SparseTrainer(Trainer):
         sampler: GlobalOrderSampler,
         heldout: Any | None,
         on_save: OnSave,
+        on_restore_generators: OnSave = lambda: None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self._on_save = on_save
+        self._on_save, self._on_restore_generators = on_save, on_restore_generators
         self._make_optimizer = make_optimizer
         self._sampler = sampler
         self._heldout = heldout
-        self.last_heldout: HeldoutResult | None = None
-        """Of the latest evaluation."""
         self._num_tokens = 0
         """Tokens that this rank has seen since the last call of `count_tokens`, padding excluded."""
 
@@ -77,7 +78,15 @@ class SparseTrainer(Trainer):
         return super()._prepare_for_training(max_steps, train_dataloader, None)
 
     def _load_rng_state(self, checkpoint: Any) -> None:
-        """Nothing: a step draws no random numbers (the order of the data comes from the seed and the epoch)."""
+        if checkpoint is not None:
+            self._on_restore_generators()
+
+    def _run_epoch(self, **kwargs: Any) -> None:
+        # A run that goes on from its last step has none left; Trainer would make one more.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(**kwargs)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self._on_save()
@@ -86,6 +95,37 @@ class SparseTrainer(Trainer):
         self._num_tokens += int(inputs["attention_mask"].sum())
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         return loss
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        return with_gradient_of_its_kind(super().compute_loss(model, inputs, *args, **kwargs))
+
+    def _maybe_log_save_evaluate(self, tr_loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        # Trainer starts its sum of losses anew by subtracting it from itself: one NaN would stay for ever.
+        logs = self.control.should_log
+        super()._maybe_log_save_evaluate(tr_loss, *args, **kwargs)
+        if logs:
+            tr_loss.nan_to_num_(nan=0.0)
+
+    @property
+    def loss_sum(self) -> Tensor:
+        """Of this rank, since the last log line: fp32, 0-D."""
+        loss_sum: Tensor = self._tr_loss
+        return loss_sum
+
+    @property
+    def num_uncounted_tokens(self) -> int:
+        """Of this rank, since the last call of `count_tokens`."""
+        return self._num_tokens
+
+    @property
+    def last_logged_step(self) -> int:
+        """Step of the last log line."""
+        return int(self._globalstep_last_logged)
+
+    def set_sums(self, loss_sum: float, num_tokens: int, last_logged_step: int) -> None:
+        """Go on with these sums of this rank; after `train` has begun."""
+        self._tr_loss.fill_(loss_sum)
+        self._num_tokens, self._globalstep_last_logged = num_tokens, last_logged_step
 
     def count_tokens(self) -> int:
         """Tokens that all ranks have seen since the last call.
@@ -103,7 +143,7 @@ class SparseTrainer(Trainer):
 
         Collectives: those of `heldout_loss`; every rank must call it.
         """
-        result = self.last_heldout = self.heldout_result()
+        result = self.heldout_result()
         metrics = {f"{metric_key_prefix}_loss": result.loss}
         if result.accuracy is None:
             metrics[f"{metric_key_prefix}_num_tokens"] = result.num_counted

@@ -11,10 +11,11 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,28 @@ class Ended:
     stderr: str
 
 
+@dataclass(frozen=True)
+class Rank:
+    """One process that has been started."""
+
+    process: BaseProcess
+    log: Path
+
+    @property
+    def pid(self) -> int:
+        assert self.process.pid is not None
+        return self.process.pid
+
+    @property
+    def stdout(self) -> str:
+        """What it has written so far."""
+        return _text(self.log, "out")
+
+    @property
+    def stderr(self) -> str:
+        return _text(self.log, "err")
+
+
 def train_in_fork(arguments: Sequence[str], folder: Path, *, timeout_s: float = 120.0) -> Ended:
     """`python launcher/train.py ARGUMENTS` in `folder`: one rank."""
     return train_in_forks([arguments], [folder], timeout_s=timeout_s)[0]
@@ -49,26 +72,46 @@ def train_in_forks(
         folders: working folder, by rank.
         timeout_s: for all ranks together; a rank that is still there then fails the test.
     """
+    return wait_for(start_in_forks(arguments, folders), timeout_s)
+
+
+def start_in_forks(
+    arguments: Sequence[Sequence[str]],
+    folders: Sequence[Path],
+    *,
+    prepare: Callable[[], None] | None = None,
+) -> list[Rank]:
+    """Start as many ranks as there are folders.
+
+    Args:
+        arguments: of the command line, by rank.
+        folders: working folder, by rank.
+        prepare: called in every rank before the command line is read; a function of a module.
+    """
     num_ranks, port = len(folders), free_port()
     context = _context()
-    processes = []
-    logs = [folder.parent / f"{folder.name}.rank{rank}" for rank, folder in enumerate(folders)]
-    for rank, (folder, log) in enumerate(zip(folders, logs, strict=True)):
+    ranks = []
+    for rank, folder in enumerate(folders):
         variables = {} if num_ranks == 1 else rank_variables(rank, num_ranks, port)
-        process = context.Process(target=_rank_main, args=(arguments[rank], folder, variables, log), daemon=True)
+        log = folder.parent / f"{folder.name}.rank{rank}"
+        process = context.Process(
+            target=_rank_main, args=(arguments[rank], folder, variables, log, prepare), daemon=True
+        )
         process.start()
-        processes.append(process)
+        ranks.append(Rank(process, log))
+    return ranks
+
+
+def wait_for(ranks: Sequence[Rank], timeout_s: float = 120.0) -> list[Ended]:
+    """How the ranks have ended; one that is still there after the time limit fails the test."""
     deadline = time.monotonic() + timeout_s
-    for process in processes:
-        process.join(max(0.0, deadline - time.monotonic()))
-    late = [rank for rank, process in enumerate(processes) if process.is_alive()]
-    for rank in late:
-        processes[rank].kill()
-        processes[rank].join()
-    ended = [
-        Ended(process.exitcode or 0, _text(log, "out"), _text(log, "err"))
-        for process, log in zip(processes, logs, strict=True)
-    ]
+    for rank in ranks:
+        rank.process.join(max(0.0, deadline - time.monotonic()))
+    late = [number for number, rank in enumerate(ranks) if rank.process.is_alive()]
+    for number in late:
+        ranks[number].process.kill()
+        ranks[number].process.join()
+    ended = [Ended(rank.process.exitcode or 0, rank.stdout, rank.stderr) for rank in ranks]
     if late:
         pytest.fail(f"ranks {late} have not ended within {timeout_s} s:\n{ended}", pytrace=False)
     return ended
@@ -98,7 +141,13 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _rank_main(arguments: Sequence[str], folder: Path, variables: Mapping[str, str], log: Path) -> None:
+def _rank_main(
+    arguments: Sequence[str],
+    folder: Path,
+    variables: Mapping[str, str],
+    log: Path,
+    prepare: Callable[[], None] | None,
+) -> None:
     for descriptor, suffix in ((1, "out"), (2, "err")):
         target = os.open(f"{log}.{suffix}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(target, descriptor)
@@ -108,6 +157,8 @@ def _rank_main(arguments: Sequence[str], folder: Path, variables: Mapping[str, s
     os.environ.update(variables)
     os.chdir(folder)
     sys.argv = ["launcher/train.py", *arguments]
+    if prepare is not None:
+        prepare()
     from sparse_ds.cli import train
 
     sys.exit(train())

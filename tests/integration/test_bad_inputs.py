@@ -5,6 +5,7 @@ One message on standard error, exit code 2, no traceback, and no file is made, c
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -17,7 +18,7 @@ import torch
 from finished_runs import FinishedRun
 from forks import Ended, train_in_fork
 from safetensors.torch import load_file, save_file
-from short_run import NUM_STEPS, RUN_ARGUMENTS, save_rows, set_words
+from short_run import RUN_ARGUMENTS, save_rows, set_words
 
 from sparse_ds.cli import USER_ERROR_EXIT_CODE
 from sparse_ds.embedded import resolve_model
@@ -378,12 +379,6 @@ def test_an_output_folder_with_a_run(work: Path) -> None:
     refused(with_settings([]), work, expected)
 
 
-def test_resume_in_a_new_folder(work: Path) -> None:
-    arguments = with_settings(["train.output_dir=new"])
-    expected = r"checkpoint\.resume: auto, but new holds no whole checkpoint\. Start anew with"
-    refused([*arguments, "--resume", "auto"], work, expected)
-
-
 def test_resume_from_no_folder(work: Path) -> None:
     expected = r"checkpoint\.resume: 'run/checkpoint-9' is no folder; expected a checkpoint-<step> folder or `auto`"
     refused([*with_settings(["train.output_dir=new"]), "--resume", "run/checkpoint-9"], work, expected)
@@ -396,31 +391,153 @@ def test_resume_from_a_folder_that_is_no_checkpoint(work: Path) -> None:
 
 def test_resume_of_another_run(work: Path) -> None:
     arguments = [*with_settings(["train.seed=1", "method.density=0.1"]), "--resume", "auto"]
-    ended = refused(arguments, work, r"checkpoint\.resume: run/checkpoint-14 belongs to another run\. Differences: ")
-    assert "seed: checkpoint 0, this run 1" in ended.stderr
-    first = "active_weights.model.layers.0.mlp.down_proj: checkpoint 2252, this run 4505 (and 27 more)"
-    assert first in ended.stderr
+    ended = refused(arguments, work, r"resume: run/checkpoint-14 belongs to another run \(checkpoint \| this run\):\n")
+    lines = ended.stderr.splitlines()
+    assert "  active_weights.model.layers.0.mlp.down_proj: 2252 | 4505" in lines
+    assert "  active_weights: 23 more" in lines
+    assert "  method.density: 0.05 | 0.1" in lines
+    assert "  seed: 0 | 1" in lines
     assert len(ended.stderr) < 1000
 
 
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        (["train.global_batch_size=8"], "global_batch_size: 16 | 8"),
+        (['method.target_modules=["q_proj"]'], "active_weights.model.layers.0.mlp.down_proj: 2252 | None"),
+        (["method.interval_steps=4"], "method.interval_steps: 5 | 4"),
+        (["model.quantization=none"], "base.quantization: 'nf4' | 'none'"),
+        (["model.name_or_path=model"], "base.name: 'embedded' | 'model'"),
+        (["data.sequence_length=64"], "data: "),
+        (["data.train=other.jsonl"], "data: "),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_one_difference(work: Path, settings: list[str], line: str) -> None:
+    copy_model(work)
+    rows = (work / "rows.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (work / "other.jsonl").write_text("".join([rows[1], rows[0], *rows[2:]]), encoding="utf-8")
+    arguments = [*with_settings([*settings, "train.max_steps=20"]), "--resume", "auto"]
+    ended = refused(arguments, work, r"run/checkpoint-14 belongs to another run")
+    assert any(found.startswith(f"  {line}") for found in ended.stderr.splitlines()), ended.stderr
+
+
+def test_another_method(work: Path) -> None:
+    kept = [word for word in RUN_ARGUMENTS if not word.startswith("zero3")][1:]
+    arguments = ["--config", "zero3_sft_ag", *kept, "--resume", "auto"]
+    ended = refused(arguments, work, r"run/checkpoint-14 belongs to another run")
+    assert "  method.name: 'sft_ma' | 'sft_ag'" in ended.stderr.splitlines()
+
+
 def test_resume_from_a_damaged_checkpoint(work: Path) -> None:
-    flip_byte(work / "run" / "checkpoint-14" / "state-00001.safetensors")
+    flip_byte(work / "run" / "checkpoint-14" / "state-00001-of-00002.safetensors")
     arguments = [*with_settings(["train.output_dir=new"]), "--resume", "run/checkpoint-14"]
-    refused(arguments, work, r"checkpoint run/checkpoint-14: state-00001\.safetensors is damaged \(its sha256")
+    refused(arguments, work, r"checkpoint run/checkpoint-14: state-00001-of-00002\.safetensors is damaged \(its sha256")
 
 
 def test_resume_without_a_whole_checkpoint(work: Path) -> None:
-    flip_byte(work / "run" / "checkpoint-14" / "state-00001.safetensors")
+    flip_byte(work / "run" / "checkpoint-14" / "state-00001-of-00002.safetensors")
     (work / "run" / "checkpoint-12" / "trainer_state.json").unlink()
     ended = refused(
         [*with_settings([]), "--resume", "auto"], work, r"checkpoint\.resume: auto, but run holds no whole checkpoint"
     )
-    assert "state-00001.safetensors is damaged" in ended.stderr and "trainer_state.json is missing" in ended.stderr
+    assert (
+        "state-00001-of-00002.safetensors is damaged" in ended.stderr
+        and "trainer_state.json is missing" in ended.stderr
+    )
 
 
-def test_resume_of_a_complete_run(work: Path) -> None:
-    expected = rf"run/checkpoint-14 is of step 14 and the run has {NUM_STEPS} steps: nothing is left to train\. Raise"
+def test_resume_of_a_longer_run(work: Path) -> None:
+    expected = r"run/checkpoint-14 is of step 14 and the run has 13 steps\. Raise train\.max_steps"
+    refused([*with_settings(["train.max_steps=13"]), "--resume", "auto"], work, expected)
+
+
+def test_resume_of_a_finished_run_without_a_checkpoint(work: Path) -> None:
+    for step in (12, 14):
+        shutil.rmtree(work / "run" / f"checkpoint-{step}")
+    expected = r"checkpoint\.resume: auto, but run holds no checkpoint and a finished run \(adapter/\)\. Start anew"
     refused([*with_settings([]), "--resume", "auto"], work, expected)
+
+
+def change_checkpoint(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """As somebody would who knows the format: all hashes are right."""
+    path = folder / "checkpoint.json"
+    content = json.loads(path.read_text())
+    content.pop("sha256")
+    change(content)
+    for name in content["files"]:
+        content["files"][name] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    path.write_text(json.dumps({**content, "sha256": digest}))
+
+
+DOWN = "model.layers.0.mlp.down_proj"
+
+
+@pytest.mark.parametrize(
+    ("name", "position", "value", "expected"),
+    [
+        (f"{DOWN}.indices", 3, -1, "holds -1, expected 0 to 45055"),
+        (f"{DOWN}.indices", -1, 45056, "holds 45056, expected 0 to 45055"),
+        (f"{DOWN}.indices", 5, 0, "is not in ascending order"),
+        (f"{DOWN}.values", 3, float("nan"), "holds numbers that are not finite"),
+        (f"{DOWN}.birth_step", 3, 15, "holds 15, expected 0 to 14"),
+        (f"{DOWN}.row_accumulator", 0, -1.0, "holds numbers below 0"),
+        ("ranks/num_tokens", 0, -5, "holds -5, expected 0 to"),
+    ],
+    ids=lambda value: str(value).rsplit(".", 1)[-1],
+)
+def test_tensors_that_cannot_be(work: Path, name: str, position: int, value: float, expected: str) -> None:
+    folder = work / "run" / "checkpoint-14"
+    path = folder / "state-00001-of-00002.safetensors"
+    tensors = load_file(path)
+    tensors[name][position] = value
+    save_file(tensors, path)
+    change_checkpoint(folder, lambda content: None)
+    arguments = [*with_settings(["train.output_dir=new", "train.max_steps=20"]), "--resume", "run/checkpoint-14"]
+    with_result(arguments, work, rf"checkpoint run/checkpoint-14: tensor '{re.escape(name)}' {expected}")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda state: state["engine"]["num_active"].update({DOWN: 2253}),
+        lambda state: state["engine"]["num_active"].pop(DOWN),
+        lambda state: state["engine"].update(num_applied_steps=15),
+        lambda state: state["engine"].update(num_counted_steps=3),
+        lambda state: state["engine"].update(num_counted_steps="3"),
+        lambda state: state["trainer"]["scheduler"].update(get_lr="os.system"),
+        lambda state: state["trainer"]["scheduler"].update(last_epoch="14"),
+        lambda state: state["trainer"]["callbacks"].update(WriteMetrics={}),
+        lambda state: state["trainer"].update(epoch=1),
+        lambda state: state.update(report={}),
+        lambda state: state["trainer"].update(last_logged_step=15),
+        lambda state: state.pop("engine"),
+    ],
+    ids=range(12),
+)
+def test_run_states_that_cannot_be(work: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    change_checkpoint(work / "run" / "checkpoint-14", lambda content: change(content["run_state"]))
+    arguments = [*with_settings(["train.output_dir=new", "train.max_steps=20"]), "--resume", "run/checkpoint-14"]
+    with_result(arguments, work, "checkpoint run/checkpoint-14: ")
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", "{", '{"global_step": 13}', '{"global_step": 14, "x": 1}', "[" * 100_000], ids=range(5)
+)
+def test_a_trainer_state_that_cannot_be(work: Path, text: str) -> None:
+    (work / "run" / "checkpoint-14" / "trainer_state.json").write_text(text)
+    change_checkpoint(work / "run" / "checkpoint-14", lambda content: None)
+    arguments = [*with_settings(["train.output_dir=new", "train.max_steps=20"]), "--resume", "run/checkpoint-14"]
+    refused(arguments, work, r"checkpoint run/checkpoint-14: trainer_state\.json is not what a run writes")
+
+
+def with_result(arguments: Sequence[str], folder: Path, expected: str) -> None:
+    """Found when the engine is there already: the new output folder has been made."""
+    ended = train_in_fork(arguments, folder)
+    assert re.search(expected, ended.stderr), ended
+    assert (ended.exit_code, "Traceback" in ended.stderr) == (USER_ERROR_EXIT_CODE, False), ended
+    assert not (folder / "new" / "adapter").exists()
 
 
 def test_resume_from_elsewhere_into_a_folder_with_a_run(work: Path) -> None:

@@ -6,14 +6,19 @@ the middle of an epoch and just after an event; step 12 is the end of an epoch a
 
 from __future__ import annotations
 
+import json
+import shlex
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 from finished_runs import FinishedRun, index_overlap
 from forks import Ended, train_in_forks
+from launches import TRAIN, launch
 from short_run import NUM_STEPS, RUN_ARGUMENTS, set_words
 
+from sparse_ds.embedded import resolve_model
 from sparse_ds.monitor.metrics_log import read_metrics
 
 ADAPTER = Path("adapter") / "adapter_model.safetensors"
@@ -95,8 +100,9 @@ def test_auto_passes_over_a_damaged_checkpoint(work: Path, checkpointed_run: Fin
     assert resumed.index_hashes == checkpointed_run.index_hashes
     assert (resumed.folder / ADAPTER).read_bytes() == (checkpointed_run.folder / ADAPTER).read_bytes()
     assert resumed.summary["heldout_loss_after"] == checkpointed_run.summary["heldout_loss_after"]
-    state = Path("checkpoint-14") / "state-00001.safetensors"
-    assert (work / "run" / state).read_bytes() == (checkpointed_run.folder / state).read_bytes()
+    for state in ("state-00001-of-00002.safetensors", "state-00002-of-00002.safetensors"):
+        path = Path("checkpoint-14") / state
+        assert (work / "run" / path).read_bytes() == (checkpointed_run.folder / path).read_bytes()
 
 
 def run_and_go_on(work: Path, step: int, *settings: str) -> tuple[FinishedRun, FinishedRun]:
@@ -139,6 +145,161 @@ def test_after_the_one_event_of_fisher(work: Path) -> None:
     assert {path.name for path in first.folder.glob("checkpoint-*")} == {f"checkpoint-{step}" for step in (4, 6, 8)}
     assert again.losses == after(4, first.losses)
     assert (again.folder / ADAPTER).read_bytes() == (first.folder / ADAPTER).read_bytes()
+
+
+def test_all_that_a_step_and_a_log_line_depend_on(work: Path) -> None:
+    """Dropout draws from the random generators; a log line sums up three steps, and a checkpoint is among them.
+
+    Written in the background, at a step after which the run evaluates.
+    """
+    model = Path(shutil.copytree(resolve_model("embedded"), work / "model"))
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.3}))
+    settings = [
+        "model.name_or_path=model",
+        "monitor.log_interval_steps=3",
+        "checkpoint.background=true",
+        "train.eval_interval_steps=2",
+    ]
+    for step in (4, 6):
+        first, again = run_and_go_on(work, step, "method.interval_steps=7", "method.estimation_steps=2", *settings)
+        assert set(first.losses) == {3, 6}
+        for field in ("loss", "grad_norm", "lr", "num_tokens", "epoch"):
+            assert again.by_step("step", field) == after(step, first.by_step("step", field)), field
+        assert again.by_step("eval", "loss") == after(step, first.by_step("eval", "loss"))
+        assert (again.folder / ADAPTER).read_bytes() == (first.folder / ADAPTER).read_bytes()
+        for folder in (first.folder, again.folder):
+            assert not list(folder.glob(".*")), "something hidden was left"
+        for run in ("first", "again"):
+            shutil.rmtree(work / run)
+    without, _ = run_and_go_on(
+        work, 4, "method.interval_steps=7", "method.estimation_steps=2", "monitor.log_interval_steps=3"
+    )
+    assert without.losses[3] != first.losses[3], "dropout must have an effect"
+
+
+def test_in_the_background_the_same_is_written(work: Path, checkpointed_run: FinishedRun) -> None:
+    arguments = [*RUN_ARGUMENTS, *set_words(["checkpoint.background=true", "train.output_dir=background"])]
+    assert [rank.exit_code for rank in train_in_forks([arguments] * 2, [work] * 2)] == [0, 0]
+    folder = work / "background"
+    assert {path.name for path in folder.glob("checkpoint-*")} == {
+        path.name for path in checkpointed_run.folder.glob("checkpoint-*")
+    }
+    for path in checkpointed_run.folder.glob("checkpoint-*/state-*"):
+        name = path.relative_to(checkpointed_run.folder)
+        assert (folder / name).read_bytes() == path.read_bytes()
+        left, right = (
+            json.loads((run / name.parent / "checkpoint.json").read_text()) for run in (folder, path.parents[1])
+        )
+        for content in (left, right):
+            # What tells the time, or is a hash of it.
+            del content["sha256"], content["files"]["trainer_state.json"]
+            del content["run_state"]["trainer"]["callbacks"]["WriteMetrics"]["train_wall_s"]
+        assert left == right
+
+
+def test_the_best_checkpoint_stays(work: Path) -> None:
+    """With a far too high learning rate the held-out loss falls for some steps and then rises."""
+    settings = [
+        "checkpoint.best=true",
+        "checkpoint.keep=1",
+        "checkpoint.interval_steps=1",
+        "train.eval_interval_steps=1",
+        "train.max_steps=6",
+        "optimizer.learning_rate=0.03",
+        "optimizer.schedule=constant",
+        "train.output_dir=best",
+    ]
+    arguments = [*RUN_ARGUMENTS, *set_words(settings)]
+    (rank,) = train_in_forks([arguments], [work])
+    assert rank.exit_code == 0, rank
+    run = FinishedRun.read(work / "best")
+    losses = {step: loss for step, loss in run.by_step("eval", "loss").items() if step > 0}
+    best = min(losses, key=lambda step: losses[step])
+    assert 1 < best < 6, losses
+    assert {path.name for path in run.folder.glob("checkpoint-*")} == {f"checkpoint-{best}", "checkpoint-6"}
+    for step in (best, 6):
+        index = json.loads((run.folder / f"checkpoint-{step}" / "checkpoint.json").read_text())
+        assert index["run_state"]["best"] == {"step": best, "heldout_loss": losses[best]}
+    expected = f"lowest held-out loss of all checkpoints: {losses[best]:.4f}, best/checkpoint-{best}"
+    assert expected in rank.stdout
+    # Going on, the best stays the best; and it becomes an adapter by finishing a run that ends there.
+    longer = [*arguments, *set_words(["train.max_steps=7", "optimizer.learning_rate=1.0"]), "--resume", "auto"]
+    assert train_in_forks([longer], [work])[0].exit_code == 0
+    longer_run = FinishedRun.read(work / "best")
+    assert longer_run.by_step("eval", "loss")[7] > losses[best] and longer_run.by_step("step", "lr")[7] == 1.0
+    assert {path.name for path in run.folder.glob("checkpoint-*")} == {f"checkpoint-{best}", "checkpoint-7"}
+    ending = set_words([f"train.max_steps={best}", "train.output_dir=chosen"])
+    chosen = [*arguments, *ending, "--resume", f"best/checkpoint-{best}"]
+    assert train_in_forks([chosen], [work])[0].exit_code == 0
+    assert FinishedRun.read(work / "chosen").summary["heldout_loss_after"] == losses[best]
+
+
+def test_auto_begins_where_there_is_no_checkpoint_yet(work: Path, checkpointed_run: FinishedRun) -> None:
+    """The first start of a job, and one after a kill before the first checkpoint: the same command."""
+    arguments = [
+        *RUN_ARGUMENTS,
+        *set_words(["train.output_dir=new", "checkpoint.interval_steps=20"]),
+        "--resume",
+        "auto",
+    ]
+    for start in range(2):
+        ranks = train_in_forks([arguments] * 2, [work] * 2)
+        assert [rank.exit_code for rank in ranks] == [0, 0], ranks
+        assert "no checkpoint in new yet: the run begins from its first step" in ranks[0].stdout
+        run = FinishedRun.read(work / "new")
+        assert [record["step"] for record in run.of_kind("step")] == list(range(1, NUM_STEPS + 1))
+        assert run.losses == checkpointed_run.losses and len(run.of_kind("eval")) == 2
+        assert (run.folder / ADAPTER).read_bytes() == (checkpointed_run.folder / ADAPTER).read_bytes()
+        if start == 0:
+            shutil.rmtree(work / "new" / "adapter")
+            shutil.rmtree(work / "new" / "checkpoint-14")
+
+
+@pytest.mark.parametrize("num_ranks", [2, 1])
+def test_a_run_that_ended_before_its_adapter_is_finished(
+    work: Path, checkpointed_run: FinishedRun, num_ranks: int
+) -> None:
+    shutil.rmtree(work / "run" / "adapter")
+    metrics = work / "run" / "metrics.jsonl"
+    lines = metrics.read_text().splitlines(keepends=True)
+    assert '"summary"' in lines[-1] and '"eval"' in lines[-2]
+    metrics.write_text("".join(lines[:-2]))
+    resumed, _ = go_on(work, "auto", "export.merged=true", num_ranks=num_ranks)
+    assert (resumed.folder / ADAPTER).read_bytes() == (checkpointed_run.folder / ADAPTER).read_bytes()
+    assert (resumed.folder / "merged" / "model.safetensors").is_file()
+    assert resumed.losses == checkpointed_run.losses and len(resumed.of_kind("eval")) == 2
+    for field in ("heldout_loss_before", "index_hash", "num_steps"):
+        assert resumed.summary[field] == checkpointed_run.summary[field]
+    # On another number of ranks a sum in another order.
+    expected = pytest.approx(checkpointed_run.summary["heldout_loss_after"], rel=0 if num_ranks == 2 else 1e-6, abs=0)
+    assert resumed.summary["heldout_loss_after"] == expected
+
+
+@pytest.mark.parametrize(("policy", "background"), [("stop", "false"), ("continue", "false"), ("continue", "true")])
+def test_checkpoints_that_cannot_be_written(
+    work: Path, checkpointed_run: FinishedRun, policy: str, background: str
+) -> None:
+    """No file may be larger than the adapter, and the state of a checkpoint is."""
+    adapter_bytes = (checkpointed_run.folder / ADAPTER).stat().st_size
+    settings = [
+        f"checkpoint.on_save_error={policy}",
+        f"checkpoint.background={background}",
+        "train.output_dir=full",
+        "train.max_steps=5",
+    ]
+    words = shlex.join([sys.executable, str(TRAIN), *RUN_ARGUMENTS, *set_words(settings)])
+    ended = launch(["bash", "-c", f"ulimit -f {adapter_bytes // 1024 + 1}; exec {words}"], work)
+    message = "checkpoint of step 2: full/checkpoint-2 cannot be written (File too large). Older checkpoints"
+    assert not list((work / "full").glob("*checkpoint-*")) and not list((work / "full").glob(".checkpoint-*"))
+    steps = [record["step"] for record in read_metrics(work / "full" / "metrics.jsonl", "step")]
+    if policy == "stop":
+        assert ended.exit_code == 2 and f"error: {message}" in ended.stderr and "Traceback" not in ended.stderr, ended
+        assert steps == [1, 2]
+    else:
+        assert ended.exit_code == 0 and f"sparse_ds: {message}" in ended.stdout, ended
+        assert "3 checkpoint(s) could not be written" in ended.stdout
+        assert steps == [1, 2, 3, 4, 5] and (work / "full" / ADAPTER).is_file()
 
 
 def test_full_fine_tuning(work: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sparse_ds.checkpoint.atomic_folder import atomic_folder, remove_leftovers
+from sparse_ds.checkpoint.atomic_folder import atomic_folder, remove_folder, remove_leftovers
 from sparse_ds.config.errors import UserError
 
 
@@ -108,6 +108,17 @@ def test_leftovers_of_a_killed_process_go(tmp_path: Path) -> None:
     (partial / "m").write_text("half")
     (tmp_path / "checkpoint-4").mkdir()
     (tmp_path / ".hidden").mkdir()
-    (tmp_path / ".adapter.replaced-01ab").mkdir()
+    for name in (".adapter.replaced-01ab", ".checkpoint-3.removed-01ab"):
+        (tmp_path / name).mkdir()
     remove_leftovers(tmp_path)
     assert sorted(os.listdir(tmp_path)) == [".hidden", "checkpoint-4"]
+
+
+def test_a_folder_is_gone_before_its_files_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "checkpoint-5"
+    folder.mkdir()
+    (folder / "m").write_text("1")
+    seen = []
+    monkeypatch.setattr("shutil.rmtree", lambda path, **_: seen.append((sorted(os.listdir(path)), folder.exists())))
+    remove_folder(folder)
+    assert seen == [(["m"], False)]

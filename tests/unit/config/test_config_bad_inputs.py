@@ -133,6 +133,18 @@ CONFLICTS = [
         r"train\.gradient_accumulation_steps \(3\)",
     ),
     (["train.overwrite=true", "checkpoint.resume=auto"], r"train\.overwrite: got true .* checkpoint\.resume auto"),
+    (
+        ["checkpoint.best=true"],
+        r"checkpoint\.best: got true, but train\.eval_interval_steps and checkpoint\.interval_steps is null",
+    ),
+    (
+        ["checkpoint.best=true", "data.eval=null", "checkpoint.interval_steps=5", "train.eval_interval_steps=5"],
+        r"checkpoint\.best: got true, but data\.eval is null",
+    ),
+    (
+        ["checkpoint.best=true", "checkpoint.interval_steps=5", "train.eval_interval_steps=2"],
+        r"checkpoint\.interval_steps: got 5, expected with checkpoint\.best a multiple of train\.eval_interval_st",
+    ),
     (["method.name=full"], r"model\.quantization: got nf4, expected none with method\.name full"),
     (
         ["method.name=full", "model.quantization=none", "method.density=0.1"],
@@ -149,6 +161,10 @@ CONFLICTS = [
     (
         ["method.name=full", "model.quantization=none", "optimizer.momentum=0.5"],
         r"optimizer\.momentum: given, but method\.name full does not use it",
+    ),
+    (
+        ["train.early_stopping_patience=2"],
+        r"train\.early_stopping_patience: got 2, but train\.eval_interval_steps is null",
     ),
 ]
 

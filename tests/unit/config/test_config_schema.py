@@ -128,8 +128,15 @@ def test_batch_plan_adds_up(micro: int, multiple: int, world_size: int) -> None:
         ),
         ({"train": {"output_dir": "x", "max_steps": 5}}, []),
         (
-            {"data": {"eval": None, "num_eval_samples": 4}, "train": {"output_dir": "x", "eval_interval_steps": 5}},
-            ["train.eval_interval_steps has no effect", "data.num_eval_samples has no effect"],
+            {
+                "data": {"eval": None, "num_eval_samples": 4},
+                "train": {"output_dir": "x", "eval_interval_steps": 5, "early_stopping_patience": 2},
+            },
+            [
+                "train.eval_interval_steps has no effect",
+                "train.early_stopping_patience has no effect",
+                "data.num_eval_samples has no effect",
+            ],
         ),
     ],
 )

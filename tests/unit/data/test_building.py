@@ -96,6 +96,8 @@ def test_truncated_and_dropped_samples_are_counted_and_said_once(
     with caplog.at_level(logging.INFO, "sparse_ds.data"):
         data = build_dataset(path, tokenizer, sequence_length=8, num_sample_prompts=1, show_progress=True)
     assert (len(data.dataset), data.num_truncated, data.num_dropped) == (2, 1, 2)
+    assert data.dropped_rows == (0, 3)
+    assert [data.row_of(sample) for sample in range(2)] == [1, 2]
     assert data.sample_prompts[0].reference == "x"
     said = [record.getMessage() for record in caplog.records]
     assert len(said) == 3

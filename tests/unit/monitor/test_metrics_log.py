@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+import resource
 from pathlib import Path
 
 import pytest
@@ -118,3 +120,22 @@ def test_missing_file(path: Path) -> None:
 def test_reserved_names_are_a_broken_invariant(path: Path, kind: str, record: dict[str, object]) -> None:
     with MetricsLog(path) as log, pytest.raises(AssertionError):
         log.write(kind, record)  # type: ignore[arg-type]
+
+
+def test_a_full_disk_makes_lines_wait(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A file that may not grow stands for a disk that is full: the last line of it is cut, and made whole later."""
+    logging.getLogger("sparse_ds").propagate = True
+    path = tmp_path / "metrics.jsonl"
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with MetricsLog(path) as log:
+        log.write("step", {"step": 1})
+        resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 7, unlimited[1]))
+        try:
+            for step in (2, 3):
+                log.write("step", {"step": step})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+        assert [record["step"] for record in read_metrics(path)] == [1]
+        assert len(caplog.records) == 1 and "cannot be written (File too large)" in caplog.text
+        log.write("step", {"step": 4})
+        assert [record["step"] for record in read_metrics(path)] == [1, 2, 3, 4]

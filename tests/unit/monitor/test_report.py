@@ -43,6 +43,10 @@ def write_run(folder: Path, method: str, summary: RunSummary | None, **config: A
     return folder
 
 
+def test_skipped_steps_are_in_the_table() -> None:
+    assert "150 steps (3 skipped) in 1 min 23 s, " in run_table(replace(SUMMARY, num_skipped_steps=3))
+
+
 def test_run_table() -> None:
     table = run_table(SUMMARY)
     assert table == "\n".join(
