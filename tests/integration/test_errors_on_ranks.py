@@ -55,7 +55,8 @@ def test_inside_the_process_group(work: Path) -> None:
     ended = launch([*command, "--set", "model.name_or_path=model"], work, timeout_s=SECONDS_TO_END)
     output = ended.stdout + ended.stderr
     assert ended.exit_code != 0
-    message = "error: model.name_or_path: tensor 'model.layers.2.mlp.up_proj.weight' holds NaN or Inf; the checkpoint"
+    tensor = "tensor 'model.layers.2.mlp.up_proj.weight' of model holds NaN or Inf"
+    message = f"error: model.name_or_path: {tensor}; the checkpoint"
     assert output.count(message) == 1, output
     # torchrun reports the exit code of the ranks in a traceback of its own; the ranks show none.
     assert "exitcode  : 2" in output

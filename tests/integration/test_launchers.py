@@ -127,7 +127,7 @@ def test_a_launcher_leaves_all_files(launched: dict[str, tuple[list[Launched], F
     adapter, merged = ({path.name for path in (run.folder / name).iterdir()} for name in ("adapter", "merged"))
     assert {"adapter_config.json", "adapter_model.safetensors"} <= adapter
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= merged
-    assert {record["kind"] for record in run.metrics} == {"step", "eval", "event", "summary"}
+    assert {record["kind"] for record in run.metrics} == {"load", "step", "eval", "event", "summary"}
     assert list(run.losses) == list(range(1, NUM_STEPS + 1))
     assert tuple(run.index_hashes) == EVENT_STEPS
     assert list(run.by_step("eval", "loss")) == [0, NUM_STEPS]
