@@ -116,6 +116,7 @@ def run_and_go_on(work: Path, step: int, *settings: str) -> tuple[FinishedRun, F
     return FinishedRun.read(work / "first"), FinishedRun.read(work / "again")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [
@@ -138,6 +139,7 @@ def test_the_middle_of_an_estimation_phase(work: Path, settings: list[str]) -> N
     assert (again.folder / ADAPTER).read_bytes() == (first.folder / ADAPTER).read_bytes()
 
 
+@pytest.mark.slow
 def test_after_the_one_event_of_fisher(work: Path) -> None:
     """Before it nothing has been trained, and no checkpoint is written."""
     first, again = run_and_go_on(work, 4, "method.name=fisher", "method.estimation_steps=3")
@@ -147,6 +149,7 @@ def test_after_the_one_event_of_fisher(work: Path) -> None:
     assert (again.folder / ADAPTER).read_bytes() == (first.folder / ADAPTER).read_bytes()
 
 
+@pytest.mark.slow
 def test_all_that_a_step_and_a_log_line_depend_on(work: Path) -> None:
     """Dropout draws from the random generators; a log line sums up three steps, and a checkpoint is among them.
 
@@ -198,6 +201,7 @@ def test_in_the_background_the_same_is_written(work: Path, checkpointed_run: Fin
         assert left == right
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_stays(work: Path) -> None:
     """With a far too high learning rate the held-out loss falls for some steps and then rises."""
     settings = [
@@ -276,6 +280,7 @@ def test_a_run_that_ended_before_its_adapter_is_finished(
     assert resumed.summary["heldout_loss_after"] == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("policy", "background"), [("stop", "false"), ("continue", "false"), ("continue", "true")])
 def test_checkpoints_that_cannot_be_written(
     work: Path, checkpointed_run: FinishedRun, policy: str, background: str
@@ -302,6 +307,7 @@ def test_checkpoints_that_cannot_be_written(
         assert steps == [1, 2, 3, 4, 5] and (work / "full" / ADAPTER).is_file()
 
 
+@pytest.mark.slow
 def test_full_fine_tuning(work: Path) -> None:
     """AdamW's moments and the weights themselves; the dense model at the end is the same to the byte."""
     settings = ["train.max_steps=6", "checkpoint.interval_steps=4", "export.merged=true", "train.output_dir=full"]
