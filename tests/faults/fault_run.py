@@ -83,10 +83,7 @@ def carry_out(work: Path, *words: str, num_ranks: int = 2, output: str = "run") 
 
 def go_on(work: Path, *words: str, num_ranks: int = 2) -> tuple[FinishedRun, list[Ended]]:
     """Resume from the newest checkpoint, or begin anew where there is none yet."""
-    has_checkpoint = any((work / "run").glob("checkpoint-*/checkpoint.json"))
-    return carry_out(
-        work, *words, *(RESUME if has_checkpoint else set_words(["train.overwrite=true"])), num_ranks=num_ranks
-    )
+    return carry_out(work, *words, *RESUME, num_ranks=num_ranks)
 
 
 def wait_until(condition: Callable[[], bool], ranks: Sequence[Rank], timeout_s: float = 90.0) -> None:
