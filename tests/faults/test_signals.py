@@ -52,6 +52,18 @@ def test_the_step_is_finished_and_saved(number: int, to: list[int], work: Path, 
     assert_same_run(resumed, undisturbed)
 
 
+def test_one_process(work: Path) -> None:
+    """Without a launcher, and without a process to agree with."""
+    ranks = start_run(work, num_ranks=1)
+    wait_until(lambda: has_done(work, 3), ranks)
+    os.kill(ranks[0].pid, signal.SIGTERM)
+    step = step_of_stop(wait_for(ranks))
+    assert (work / "run" / f"checkpoint-{step}").is_dir()
+    whole, _ = carry_out(work, *set_words(["train.output_dir=whole"]), num_ranks=1, output="whole")
+    resumed, _ = carry_out(work, *RESUME, num_ranks=1)
+    assert_same_run(resumed, whole)
+
+
 def test_an_evaluation_that_was_due_is_made_up(work: Path) -> None:
     """The stop comes after a step that is followed by an evaluation: here after every step."""
     words = set_words(["train.eval_interval_steps=1", "train.max_steps=6"])
