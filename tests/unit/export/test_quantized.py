@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import resource
@@ -36,6 +37,15 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(num_threads)
+
+
+@pytest.fixture
+def logging_as_it_was() -> Iterator[None]:
+    """The command sets up logging for a process of its own."""
+    ours = logging.getLogger("sparse_ds")
+    before = ours.handlers, ours.propagate, ours.level
+    yield
+    ours.handlers, ours.propagate, ours.level = before
 
 
 def quantized_by_transformers(base: Path, double_quantization: bool) -> Any:
@@ -97,6 +107,7 @@ def test_a_merge_into_it_is_a_merge_into_the_original(
     AutoModelForCausalLM.from_pretrained(tmp_path / "merged_nf4")
 
 
+@pytest.mark.usefixtures("logging_as_it_was")
 def test_the_command(make_base: MakeBase, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = make_base()
     assert main(["quantize", str(base), str(tmp_path / "nf4"), "--double-quantization", "--device", "cpu"]) == 0
