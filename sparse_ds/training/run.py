@@ -195,7 +195,8 @@ class _Training:
         )
         data = dataset_fingerprint(self.data.train)
         self.identity = run_identity(config, checkpoint, self.prepared, data, plan.global_batch_size)
-        check_same_run(self.identity)
+        heldout = None if self.data.eval is None else dataset_fingerprint(self.data.eval)
+        check_same_run({**self.identity, "held-out data": heldout})
         self.steps_per_epoch = len(sampler) // plan.global_batch_size
         self.resumed = self._find_resumed()
         with process_group.agreement("making the output folder"):

@@ -106,15 +106,18 @@ def test_an_output_folder_that_cannot_be_made(work: Path) -> None:
     assert (work / "notes").read_text(encoding="utf-8") == "mine"
 
 
-def test_data_that_is_another_on_one_rank(work: Path) -> None:
+@pytest.mark.parametrize(("key", "what"), [("data.train", "data"), ("data.eval", "held-out data")])
+def test_data_that_is_another_on_one_rank(work: Path, key: str, what: str) -> None:
     """As on machines with files of two versions: the run would go on, on a mixture."""
     other = Path(shutil.copytree(work, work.parent / "other"))
     rows = (other / "rows.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-    (other / "rows.jsonl").write_text("".join([*rows[:-1], rows[0]]), encoding="utf-8")
-    ranks = train_in_forks([RUN_ARGUMENTS] * 2, [work, other], timeout_s=SECONDS_TO_END)
+    (work / "checked.jsonl").write_text("".join(rows), encoding="utf-8")
+    (other / "checked.jsonl").write_text("".join([*rows[:-1], rows[0]]), encoding="utf-8")
+    arguments = [*RUN_ARGUMENTS, "--set", f"{key}=checked.jsonl", "--set", "data.num_eval_samples=null"]
+    ranks = train_in_forks([arguments] * 2, [work, other], timeout_s=SECONDS_TO_END)
     assert [rank.exit_code for rank in ranks] == [USER_ERROR_EXIT_CODE] * 2, ranks
     assert ranks[0].stderr.startswith(
-        "error: the ranks do not carry out the same run: data of ranks [1] is not that of"
+        f"error: the ranks do not carry out the same run: {what} of ranks [1] is not that of"
     )
     assert ranks[1].stderr == ""
     assert not (work / "run").exists()
