@@ -42,12 +42,14 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from sparse_ds.config import load_config
 from sparse_ds.distributed import process_group
 from sparse_ds.distributed.launch_environment import complete_environment
+from sparse_ds.distributed.watchdog import Watchdog
 from sparse_ds.embedded import resolve_model
-from sparse_ds.model.base_checkpoint import find_base_model
+from sparse_ds.model.find_base_model import find_base_model
 from sparse_ds.training.checkpointing import RunCheckpoints
 from sparse_ds.training.engine_state import EngineState
 from sparse_ds.training.output_folder import OutputFolder
 from sparse_ds.training.run import _Training
+from sparse_ds.training.stop_signals import StopSignals
 
 FOREGROUND, BACKGROUND = "sparse_ds", "sparse_ds, `checkpoint.background`"
 EVERYTHING, TRAINABLE = "`engine.save_checkpoint`", "the same, `exclude_frozen_parameters`"
@@ -87,7 +89,10 @@ def main() -> None:
             settings += [f"model.name_or_path={json.dumps(str(work / 'base'))}"]
         config = load_config(arguments.config, settings)
         base = find_base_model(config.model.name_or_path, config.model.revision)
-        run = MeasuredRun(config, launch, OutputFolder(config.train.output_dir), base, device)
+        # Neither watched nor stopped by signals: both would do something between the measured saves.
+        watchdog = Watchdog(launch.rank, launch.world_size, stall_timeout_s=None)
+        signals = StopSignals(launch.rank, launch.launcher)
+        run = MeasuredRun(config, launch, OutputFolder(config.train.output_dir), base, device, watchdog, signals)
         run.carry_out()
         if launch.rank == 0:
             report(run, launch.world_size, arguments)

@@ -4,7 +4,7 @@
     chunks     of a group, one after another; the next one is read by a thread while this one is quantized
     agreement  after each group: a rank that meets a damaged file stops all ranks there, not at the end
 
-Memory: the partitions, and two chunks with what quantizing them needs (some MiB on a CPU, below 500 MiB on a GPU).
+Memory: the partitions, and two chunks with what quantizing them needs.
 """
 
 from __future__ import annotations

@@ -27,10 +27,9 @@ CHUNK_BYTES = 2**22
 
 
 def checksum(tensor: Tensor) -> int:
-    """A number that changes if any byte of `tensor` does: sum of (word i) * (2 i + 1) mod 2^64 over its 32-bit words.
+    """A number that tells whether `tensor` has changed: sum of (word i) * (2 i + 1) mod 2^64 over its 32-bit words.
 
-    One changed word always changes it, since odd numbers are invertible mod 2^64; of several changes all but about one
-    in 2^32 do.
+    One changed word always changes it, since odd numbers are invertible mod 2^64.
     """
     data = tensor.detach().contiguous().view(-1).view(torch.uint8)
     total = torch.zeros((), dtype=torch.int64, device=data.device)
