@@ -15,9 +15,10 @@ from adapter_items import Deltas, MakeAdapter, MakeBase, as_items
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from sparse_ds.adapter.adapter import AdapterConfig
+from sparse_ds.adapter.native import load_adapter, save_adapter
 from sparse_ds.config.errors import UserError
 from sparse_ds.export import checkpoint_writer
-from sparse_ds.export.adapter import AdapterConfig, load_adapter, save_adapter
 from sparse_ds.export.merged import merge_adapter
 from sparse_ds.export.model_card import dense_model_card
 
