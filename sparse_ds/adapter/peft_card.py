@@ -76,18 +76,24 @@ def _loading_code(adapter: Adapter, name: str, *, over_4bit: bool) -> list[str]:
     if base.revision:
         arguments.append(f'revision="{base.revision}"')
     if config.labels is not None:
-        arguments.append(f"id2label={json.dumps(config.labels, ensure_ascii=False)}")
-        arguments[-1] = "id2label=dict(enumerate(" + arguments[-1].removeprefix("id2label=") + "))"
-        arguments.append(f"num_labels={len(config.labels)}")
+        labels = json.dumps(config.labels, ensure_ascii=False)
+        arguments += [f"num_labels={len(config.labels)}", f"id2label=dict(enumerate({labels}))"]
         arguments.append(f"pad_token_id={config.pad_token_id}")
     lines = ["import torch", "from peft import PeftModel"]
     if over_4bit:
-        lines += [
+        lines = [
+            "import json",
+            "",
+            *lines,
             f"from transformers import {model_class}, BitsAndBytesConfig",
             "",
+            "# In training the matrices of the adapter were in 4 bits, and no others.",
+            'with open("path/to/this/folder/sparse_ds.json", encoding="utf-8") as file:',
+            '    quantized = "|".join(json.load(file)["config"]["shapes"])',
             "nf4 = BitsAndBytesConfig(",
             '    load_in_4bit=True, bnb_4bit_quant_type="nf4",',
             f"    bnb_4bit_use_double_quant={base.double_quantization}, bnb_4bit_compute_dtype=torch.{base.dtype},",
+            '    llm_int8_skip_modules=[f"(?!(?:{quantized})$).*"],',
             ")",
         ]
         arguments.append("quantization_config=nf4")

@@ -65,12 +65,14 @@ class PeftAdapter(Adapter):
         self._record = _read_record(self.folder)
         if self._record is None:
             self._wrapped = self._find_modules()
+            self._check_missing(self._needed())
             self.config = self._known_config()
         else:
             self.config = self._record.config
             num_active = self._record.num_active
             self._wrapped = [name for name in self.config.shapes if num_active[name]] or list(self.config.shapes)
-        self._check_names()
+        self._check_missing(self._needed() | self.config.dense_shapes.keys())
+        self._check_unexpected(self._needed() | self.config.dense_shapes.keys())
         for module_name in self._wrapped:
             self.read(module_name)
         for name in self.config.dense_shapes:
@@ -172,16 +174,22 @@ class PeftAdapter(Adapter):
     def _base(self) -> PeftBase:
         return PeftBase(self.folder, self.peft_config, self._base_model)
 
-    def _check_names(self) -> None:
-        needed = {f"{name}.{part}" for name in self._wrapped for part in self.parts} | set(self.config.dense_shapes)
+    def _needed(self) -> set[str]:
+        """Names of the tensors of all wrapped modules."""
+        needed = {f"{name}.{part}" for name in self._wrapped for part in self.parts}
         if not getattr(self.peft_config, "save_precomputed_indices", True):
             needed -= {f"{name}.{self.parts[0]}" for name in self._wrapped} - self._stored_names.keys()
+        return needed
+
+    def _check_missing(self, needed: set[str]) -> None:
         if missing := sorted(needed - self._stored_names.keys()):
             raise UserError(
                 f"Adapter file '{self._path}': tensor '{PREFIX}{missing[0]}' is missing ({len(missing)} of "
                 f"{len(needed)} are). Copy or export it again."
             )
-        if unexpected := sorted(self._stored_names.keys() - needed):
+
+    def _check_unexpected(self, known: set[str]) -> None:
+        if unexpected := sorted(self._stored_names.keys() - known):
             raise UserError(
                 f"Adapter file '{self._path}': tensor '{self._stored_names[unexpected[0]]}' is neither an index nor a "
                 f"value of a {self.peft_type} adapter ({len(unexpected)} such tensors), and not of modules_to_save. "
@@ -195,8 +203,8 @@ class PeftAdapter(Adapter):
             module_name = name.rpartition(".")[0]
             if {module_name, module_name.rpartition(".")[2]} & saved_whole:
                 dense_shapes[name] = self._file.tensors[stored_name].shape
-        values = {name: self._stored_names.get(f"{name}.{self.parts[1]}") for name in self._wrapped}
-        num_entries = {name: self._file.tensors[stored].num_elements for name, stored in values.items() if stored}
+        values = {name: self._stored_names[f"{name}.{self.parts[1]}"] for name in self._wrapped}
+        num_entries = {name: self._file.tensors[stored_name].num_elements for name, stored_name in values.items()}
         return self._base.adapter_config(self.peft_type.lower(), num_entries, dense_shapes)
 
 

@@ -9,7 +9,8 @@ new ones and give a wrong model in silence. They cannot load this format at all 
 nor buffers) and fail with a KeyError in the forward pass: load it through `PeftModel`.
 
 Numbers. PEFT adds the fp32 values to the weight of the base as round(fp32 w + value), which is this project's rule, so
-the model is the merged one bit for bit. Of a 4-bit base w is the dequantized weight, as in training.
+the model is the trained one bit for bit. Of a 4-bit base w is the dequantized weight, as in training, so it is also
+there. But merging into a 4-bit base (PEFT's `merge_and_unload`) quantizes the sum again, which hides most deltas.
 """
 
 from __future__ import annotations
@@ -84,5 +85,8 @@ class _ShiraFormat(PeftFormat):
 
     def notes(self, config: AdapterConfig) -> list[str]:
         if config.base.quantization == "nf4":
-            return ["Load it over the same 4-bit base: the deltas were trained on its dequantized weights."]
+            return [
+                "Load it over the same 4-bit base: the deltas were trained on its dequantized weights. Do not merge it "
+                "into that base with PEFT, which would quantize the sum again; sparse_ds merges it into a 16-bit model."
+            ]
         return ["Over the base in the dtype of the training, the model is the trained one, bit for bit."]

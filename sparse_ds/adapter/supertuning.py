@@ -7,8 +7,8 @@
 It loads through `PeftModel`, `AutoPeftModel...`, `AutoModel....from_pretrained(folder)` and `load_adapter`.
 
 Numbers. PEFT computes `w + value.to(w.dtype)` in the dtype of the base. In fp32 that is the merged weight of this
-project, bit for bit. In bf16 the value is rounded before the sum and the sum again, where this project rounds once:
-the two differ by at most |value| 2^-9 and one unit in the last place (`docs/peft.md` says how often).
+project, bit for bit. In bf16 the value is rounded before the sum and the sum again, where this project rounds once: the
+two differ by at most |value| / 256 and one unit in the last place of the weight (`docs/peft.md` says how often).
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ class SupertuningAdapter(PeftAdapter):
         if num_as_good != num_entries or bool((best.values[1:] == best.values[:-1]).any()):
             raise UserError(
                 f"Adapter '{self.folder}' holds no indices (save_precomputed_indices is false), and weights of "
-                f"'{module_name}' have equal magnitudes in base '{self._base.checkpoint.folder}', so that their order is not "
-                "known. Merge it with PEFT where it was trained, and import the difference to the base."
+                f"'{module_name}' have equal magnitudes in base '{self._base.checkpoint.folder}': the order of its "
+                "values is not known. Merge it with PEFT where it was trained, and import the difference to the base."
             )
         return best.indices
 
