@@ -5,10 +5,10 @@
     density    of each matrix the floor(density * N) weights of largest |difference| (at least one of a vector), equal
                ones by index
 
-value = fp32(tuned) - fp32(M(w)), or one of its two neighbours in fp32 where only that gives the tuned weight back. Some
-weights no fp32 value gives back, since the sum is rounded: in bf16 where the tuned weight is below about 2^-16 of the
-base's; in fp32 already where it is below one half of it or far above it, unless the digits happen to fit. Of these the
-value is the rounded difference, and they are counted (`num_inexact`). 0.0 and -0.0 are the same here.
+value = fp32(tuned) - fp32(M(w)), rounded to fp32: of all values the one whose sum comes nearest to the tuned weight. It
+gives the tuned weight back in bf16, but where this is below about 2^-16 of the base's; in fp32 where it lies between one
+half and twice the base's, and beyond that where the digits happen to fit. What it does not give back to the last digit
+is counted (`num_inexact`). 0.0 and -0.0 are the same here.
 
 Differences are looked for in the linear layers inside the transformer blocks, their biases, and the norms. Embeddings
 and the head have no deltas in this project; where they differ, `others` says what to do. Both checkpoints are read one
@@ -118,10 +118,10 @@ class DifferenceAdapter(Adapter):
         )
         if self.num_inexact:
             logger.warning(
-                "%s: %d of %d weights are not given back to the last digit by any fp32 value; theirs is the nearest",
+                "%s: of %d weights that differ, no fp32 value gives %d back to the last digit; theirs is the nearest",
                 self.folder,
-                self.num_inexact,
                 self.num_changed,
+                self.num_inexact,
             )
 
     def read(self, module_name: str) -> Deltas:
@@ -143,7 +143,7 @@ class DifferenceAdapter(Adapter):
         else:
             indices_K = differs_N.nonzero().view(-1)
         base_K, tuned_K = base_N[indices_K], tuned_N[indices_K]
-        values_K = values_between(base_K, tuned_K)
+        values_K = tuned_K.float() - base_K.float()
         if count:
             self.num_changed += num_changed
             self.num_inexact += int((merged_values(base_K, values_K) != tuned_K).sum())
@@ -182,22 +182,6 @@ class DifferenceAdapter(Adapter):
         logger.warning("%s: %s; they are left at the base's numbers", self.folder, found)
         self.left = unexpected
         return [name for name in differing if name == HEAD]
-
-
-def values_between(base_K: Tensor, tuned_K: Tensor) -> Tensor:
-    """[K] fp32 values with round(fp32 base + value) = tuned, where there is such a value; else the nearest.
-
-    Args:
-        base_K: [K] bf16 or fp32.
-        tuned_K: [K] of the same dtype.
-    """
-    values_K = tuned_K.float() - base_K.float()
-    for direction in (torch.inf, -torch.inf):
-        neighbours_K = torch.nextafter(tuned_K.float() - base_K.float(), torch.tensor(direction))
-        is_wrong_K = merged_values(base_K, values_K) != tuned_K
-        is_better_K = is_wrong_K & (merged_values(base_K, neighbours_K) == tuned_K)
-        values_K = torch.where(is_better_K, neighbours_K, values_K)
-    return values_K
 
 
 def _largest(scores_N: Tensor, num_kept: int) -> Tensor:

@@ -61,7 +61,7 @@ def _open_by_config(folder: Path, config_path: Path, base_model: Path | str | No
     peft_type = content.get("peft_type")
     if "format" in content:
         return load_adapter(folder)
-    if peft_type not in PEFT_ADAPTERS:
+    if not isinstance(peft_type, str) or peft_type not in PEFT_ADAPTERS:
         raise UserError(
             f"Adapter '{folder}' has peft_type {peft_type!r}; expected one of {', '.join(PEFT_ADAPTERS)}, which hold "
             "single weights. Merge it with PEFT, and import the difference to the base."

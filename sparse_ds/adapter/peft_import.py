@@ -95,32 +95,28 @@ class PeftAdapter(Adapter):
             raise self._bad(values_name, f"has {values_N.numel()} entries, its indices {positions_N.numel()}")
         if not bool(values_N.isfinite().all()):
             raise self._bad(values_name, f"holds {int((~values_N.isfinite()).sum())} numbers that are NaN or infinite")
-        if self._record is not None:
-            num_active = self._record.num_active[module_name]
-            if positions_N.numel() < num_active or bool(
-                (positions_N[num_active:] | (values_N[num_active:] != 0)).any()
-            ):
-                raise self._bad(
-                    values_name,
-                    f"has other entries than the {num_active} of '{RECORD_FILE}'; delete that file if PEFT has written "
-                    "here since",
-                )
-            positions_N, values_N = positions_N[:num_active], values_N[:num_active]
-        else:
-            at_zero_N = positions_N == 0
-            if int(at_zero_N.sum()) > 1:
-                kept_N = ~at_zero_N | (values_N != 0)
-                positions_N, values_N = positions_N[kept_N], values_N[kept_N]
-        order_K = positions_N.argsort()
-        indices_K = positions_N[order_K]
+        positions_K, values_K = self._without_padding(module_name, positions_N, values_N)
+        order_K = positions_K.argsort()
+        indices_K = positions_K[order_K]
         twice = (indices_K[1:] == indices_K[:-1]).nonzero()
         if twice.numel():
             row, col = divmod(int(indices_K[int(twice[0])]), shape[1])
+            raise self._bad(values_name, f"has more than one value for a weight, first for row {row}, column {col}")
+        return Deltas(indices_K.to(index_dtype(shape)), values_K[order_K])
+
+    def _without_padding(self, module_name: str, positions_N: Tensor, values_N: Tensor) -> tuple[Tensor, Tensor]:
+        if self._record is None:
+            is_at_zero_N = positions_N == 0
+            kept_N = ~is_at_zero_N | (values_N != 0) | (int(is_at_zero_N.sum()) == 1)
+            return positions_N[kept_N], values_N[kept_N]
+        num_active = self._record.num_active[module_name]
+        is_rest_empty = not (positions_N[num_active:].any() or values_N[num_active:].any())
+        if positions_N.numel() < num_active or not is_rest_empty:
             raise self._bad(
-                values_name,
-                f"has {twice.numel() + 1} values for weights that come twice, first for row {row}, column {col}",
+                self._stored_names[f"{module_name}.{self.parts[1]}"],
+                f"has other entries than the {num_active} of '{RECORD_FILE}'; delete it if PEFT has written since",
             )
-        return Deltas(indices_K.to(index_dtype(shape)), values_N[order_K].contiguous())
+        return positions_N[:num_active], values_N[:num_active]
 
     def read_dense(self, name: str) -> Tensor:
         stored_name, shape = self._stored_names[name], self.config.dense_shapes[name]
@@ -243,14 +239,11 @@ def _read_record(folder: Path) -> ExportRecord | None:
     try:
         record = ExportRecord.model_validate(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, RecursionError) as error:
-        details = (
-            "; ".join(item["msg"] for item in error.errors()) if isinstance(error, ValidationError) else str(error)
-        )
+        known = error.errors() if isinstance(error, ValidationError) else []
+        details = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in known) or str(error)
         raise UserError(f"'{path}' is not what an export wrote: {details}. Export the adapter again.") from error
-    if (record.format, record.format_version) != (
-        RECORD_FORMAT,
-        1,
-    ) or record.num_active.keys() != record.config.shapes.keys():
+    is_whole = record.num_active.keys() == record.config.shapes.keys()
+    if (record.format, record.format_version) != (RECORD_FORMAT, 1) or not is_whole:
         raise UserError(
             f"'{path}' has format {record.format!r} {record.format_version}, expected {RECORD_FORMAT!r} 1 with all "
             f"modules. Use the sparse_ds that wrote it ({record.sparse_ds_version}), or export the adapter again."
