@@ -5,10 +5,10 @@
     density    of each matrix the floor(density * N) weights of largest |difference| (at least one of a vector), equal
                ones by index
 
-value = fp32(tuned) - fp32(M(w)), rounded to fp32: of all values the one whose sum comes nearest to the tuned weight. It
-gives the tuned weight back in bf16, but where this is below about 2^-16 of the base's; in fp32 where it lies between one
-half and twice the base's, and beyond that where the digits happen to fit. What it does not give back to the last digit
-is counted (`num_inexact`). 0.0 and -0.0 are the same here.
+value = fp32(tuned) - fp32(M(w)), rounded to fp32: of all values the one whose sum comes nearest to the tuned weight. In
+bf16 the sum is the tuned weight, but where this is below about 2^-15 of the base's; in fp32 it is where both are within
+a factor of two, and beyond that where the digits happen to fit. What is not given back to the last digit is counted
+(`num_inexact`). 0.0 and -0.0 are the same here.
 
 Differences are looked for in the linear layers inside the transformer blocks, their biases, and the norms. Embeddings
 and the head have no deltas in this project; where they differ, `others` says what to do. Both checkpoints are read one
