@@ -9,7 +9,9 @@ from pathlib import Path
 from sparse_ds.adapter.adapter import Adapter
 
 
-def merged_model_card(adapter: Adapter, *, num_deltas: int, num_hidden_deltas: int, dtype: str) -> str:
+def merged_model_card(
+    adapter: Adapter, *, num_deltas: int, num_hidden_deltas: int, dtype: str, base_weights: str
+) -> str:
     """Markdown with the front matter of the hub.
 
     Args:
@@ -17,6 +19,7 @@ def merged_model_card(adapter: Adapter, *, num_deltas: int, num_hidden_deltas: i
         num_deltas: trained weights.
         num_hidden_deltas: non-zero deltas that rounding left without effect.
         dtype: of the stored weights.
+        base_weights: "dequantized" or "original": what the deltas of a training over NF4 were added to.
     """
     config = adapter.config
     base = config.base
@@ -24,12 +27,15 @@ def merged_model_card(adapter: Adapter, *, num_deltas: int, num_hidden_deltas: i
     num_targets = sum(rows * cols for rows, cols in config.shapes.values())
     if base.quantization == "nf4":
         double = " with double quantization" if base.double_quantization else ""
-        base_weights = (
-            f"The target matrices were trained over a 4-bit NF4 base{double} (blocks of 64): their untrained weights "
-            "here are the dequantized ones, as in training, not the original ones."
+        what = (
+            "their untrained weights here are the dequantized ones, as in training, not the original ones."
+            if base_weights == "dequantized"
+            else "here the changes are added to the original weights, so this is not quite the model that was trained. "
+            "`merge_report.json` tells how far it is from it."
         )
+        explained = f"The target matrices were trained over a 4-bit NF4 base{double} (blocks of 64): {what}"
     else:
-        base_weights = "All other weights of the target matrices are those of the base model."
+        explained = "All other weights of the target matrices are those of the base model."
     revision = f" (revision `{base.revision}`)" if base.revision else ""
     return "\n".join(
         [
@@ -51,7 +57,7 @@ def merged_model_card(adapter: Adapter, *, num_deltas: int, num_hidden_deltas: i
                 else [f"- labels: {', '.join(config.labels)}; their head trained as a whole"]
             ),
             "",
-            base_weights,
+            explained,
             "",
             "```python",
             f"from transformers import {_model_class(config.task)}, AutoTokenizer",
