@@ -31,6 +31,7 @@ from sparse_ds.config.errors import UserError
 from sparse_ds.kernels.apply_deltas import merged_values
 from sparse_ds.model.base_checkpoint import BaseCheckpoint
 from sparse_ds.model.find_base_model import find_base_model
+from sparse_ds.model.weights_hash import weights_hash
 from sparse_ds.monitor.progress import ProgressBytes
 from sparse_ds.sparse.layout import num_active_weights
 
@@ -111,6 +112,9 @@ class DifferenceAdapter(Adapter):
                 revision=revision,
                 quantization="none",
                 dtype="bfloat16" if self._dtype == torch.bfloat16 else "float32",
+                weights_hash=weights_hash(
+                    self._base, {tensor_name(name): shape for name, shape in shapes.items()}, self._dtype
+                ),
             ),
             shapes=shapes,
             dense_shapes={name: self._tuned.stored(name).shape for name in dense},

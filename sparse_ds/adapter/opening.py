@@ -12,8 +12,10 @@ from pathlib import Path
 
 from sparse_ds.adapter.adapter import Adapter
 from sparse_ds.adapter.native import CONFIG_FILE, FORMAT_NAME, load_adapter
+from sparse_ds.adapter.of_checkpoint import CheckpointAdapter
 from sparse_ds.adapter.shira import ShiraAdapter
 from sparse_ds.adapter.supertuning import SupertuningAdapter
+from sparse_ds.checkpoint.index import INDEX_FILE
 from sparse_ds.config.errors import UserError
 
 PEFT_ADAPTERS = {kind.peft_type: kind for kind in (SupertuningAdapter, ShiraAdapter)}
@@ -25,7 +27,7 @@ def open_adapter(path: Path | str, *, base_model: Path | str | None = None) -> A
     """The adapter in a folder, checked.
 
     Args:
-        path: folder of an adapter (native or PEFT's) or of a finished run.
+        path: folder of an adapter (native or PEFT's), of a checkpoint, or of a finished run.
         base_model: folder or hub name of the base, for a PEFT adapter that this project did not write; None: the one it
             names.
 
@@ -35,6 +37,8 @@ def open_adapter(path: Path | str, *, base_model: Path | str | None = None) -> A
     folder = Path(path)
     if not folder.is_dir():
         raise UserError(f"Adapter folder '{folder}' {'is a file' if folder.exists() else 'does not exist'}.")
+    if (folder / INDEX_FILE).is_file():
+        return CheckpointAdapter(folder)
     config_path = folder / CONFIG_FILE
     if config_path.is_file():
         return _open_by_config(folder, config_path, base_model)
@@ -43,8 +47,8 @@ def open_adapter(path: Path | str, *, base_model: Path | str | None = None) -> A
     found = sorted(entry.name for entry in folder.iterdir())
     shown = ", ".join(found[:5]) + (", ..." if len(found) > 5 else "") if found else "nothing"
     raise UserError(
-        f"'{folder}' holds no adapter: found {shown}; expected '{CONFIG_FILE}' (an adapter of sparse_ds or PEFT) or "
-        f"'{RUN_ADAPTER}/' (a finished run)."
+        f"'{folder}' holds no adapter: found {shown}; expected '{CONFIG_FILE}' (an adapter of sparse_ds or PEFT), "
+        f"'{INDEX_FILE}' (a checkpoint) or '{RUN_ADAPTER}/' (a finished run)."
     )
 
 
