@@ -164,7 +164,9 @@ def task_logits(logits: Tensor, config: Any) -> dict[str, Tensor]:
         raise UserError(
             f"The logits have {logits.shape[-1]} columns, expected {num_rows}, one for each row of the heads."
         )
-    return {task: logits[..., first:end] for task, (first, end) in heads.items()}
+    # config.json has its keys in the order of the alphabet.
+    in_order = sorted(heads.items(), key=lambda item: item[1][0])
+    return {task: logits[..., first:end] for task, (first, end) in in_order}
 
 
 class _Body(Adapter):
