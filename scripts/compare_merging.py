@@ -42,8 +42,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TIES_DENSITIES = (0.2, 0.5, 0.8)
 """0.2 is the paper's, of dense task vectors."""
 DROP_RATES = (0.2, 0.5, 0.9)
-SEED = 0
-"""Of the adapters' runs and of DARE's drops."""
+DROP_SEED = 0
 
 
 class Row(NamedTuple):
@@ -61,19 +60,20 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True, help="folder of a Llama checkpoint")
     parser.add_argument("--text", action="append", required=True, metavar="NAME=FILE", help="plain text; twice or more")
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--config", default="zero3_sft_ag", help="name in configs/ of the adapters' runs")
+    parser.add_argument("--method", choices=["sft_ag", "sparta"], default="sft_ag", help="of the adapters")
     parser.add_argument("--learning-rate", type=float, default=3.2e-3)
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--batch", type=int, default=8, help="samples a step")
     parser.add_argument("--sequence-length", type=int, default=256)
     parser.add_argument("--density", type=float, default=0.05)
+    parser.add_argument("--heldout-samples", type=int, default=64, help="at most so many of each text")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there")
     arguments = parser.parse_args()
     texts = {name: Path(path) for name, _, path in (text.partition("=") for text in arguments.text)}
     if len(texts) < 2 or not all(path.is_file() for path in texts.values()):
         parser.error("--text NAME=FILE is needed twice or more, with different names and files that exist")
     logging.disable_progress_bar()
-    adapters = {name: train(arguments, name, path) for name, path in texts.items()}
+    adapters = {name: train(arguments, name, path, seed) for seed, (name, path) in enumerate(texts.items())}
     rows = list(measure(arguments, adapters))
     shared = overlap(list(adapters.values()), names=list(adapters))
     print(table(rows), "", shared.table(), "", environment(), sep="\n")
@@ -88,19 +88,22 @@ def main() -> None:
         arguments.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def train(arguments: argparse.Namespace, name: str, text: Path) -> Adapter:
-    """The adapter of one text, trained if it is not there yet."""
+def train(arguments: argparse.Namespace, name: str, text: Path, seed: int) -> Adapter:
+    """The adapter of one text, trained if it is not there yet.
+
+    Every text has a seed of its own: with one for all, the random indices of SpaRTA would be the same.
+    """
     folder: Path = arguments.output / name
     if not (folder / "run" / "adapter").is_dir():
         split_text(text, folder)
         started = time.perf_counter()
         with (folder / "train.log").open("w", encoding="utf-8") as log:
-            subprocess.run(launch_command(arguments, folder), check=True, stdout=log, stderr=log, cwd=ROOT)
+            subprocess.run(launch_command(arguments, folder, seed), check=True, stdout=log, stderr=log, cwd=ROOT)
         print(f"{name}: trained in {time.perf_counter() - started:.0f} s", flush=True)
     return load_adapter(folder / "run" / "adapter")
 
 
-def launch_command(arguments: argparse.Namespace, folder: Path) -> list[str]:
+def launch_command(arguments: argparse.Namespace, folder: Path, seed: int) -> list[str]:
     """One run of launcher/train.py on one rank."""
     overrides = {
         "model.name_or_path": arguments.model.resolve(),
@@ -109,6 +112,7 @@ def launch_command(arguments: argparse.Namespace, folder: Path) -> list[str]:
         "data.eval": (folder / "heldout.txt").resolve(),
         "data.format": "text",
         "data.sequence_length": arguments.sequence_length,
+        "method.name": arguments.method,
         "method.density": arguments.density,
         "optimizer.learning_rate": arguments.learning_rate,
         "train.output_dir": (folder / "run").resolve(),
@@ -116,12 +120,12 @@ def launch_command(arguments: argparse.Namespace, folder: Path) -> list[str]:
         "train.max_steps": arguments.steps,
         "train.micro_batch_size": arguments.batch,
         "train.global_batch_size": arguments.batch,
-        "train.seed": SEED,
+        "train.seed": seed,
         "monitor.num_sample_prompts": 0,
         "monitor.progress_bar": "false",
         "export.merged": "false",
     }
-    command = [sys.executable, str(ROOT / "launcher" / "train.py"), "--config", arguments.config]
+    command = [sys.executable, str(ROOT / "launcher" / "train.py"), "--config", "zero3_sft_ag"]
     for key, value in overrides.items():
         command += ["--set", f"{key}={value}"]
     return command
@@ -130,17 +134,15 @@ def launch_command(arguments: argparse.Namespace, folder: Path) -> list[str]:
 def measure(arguments: argparse.Namespace, adapters: dict[str, Adapter]) -> Iterator[Row]:
     """The base, every adapter alone, and all of them merged in every way."""
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    length = arguments.sequence_length
-    heldout = {
-        name: build_dataset(
-            arguments.output / name / "heldout.txt", tokenizer, data_format="text", sequence_length=length
-        ).dataset
-        for name in adapters
-    }
+    heldout = {}
+    for name in adapters:
+        path, length = arguments.output / name / "heldout.txt", arguments.sequence_length
+        rows = build_dataset(path, tokenizer, data_format="text", sequence_length=length).dataset
+        heldout[name] = rows.select(range(min(len(rows), arguments.heldout_samples)))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
 
     def row(name: str, folder: Path, num_deltas: int) -> Row:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
         losses = {
             text: heldout_loss(model, rows, CausalCollator(pad), arguments.batch) for text, rows in heldout.items()
         }
@@ -166,7 +168,7 @@ def candidates(adapters: dict[str, Adapter]) -> Iterator[tuple[str, Adapter]]:
     for density in TIES_DENSITIES:
         yield f"TIES, density {density}", CombinedAdapter(sources, Combination("ties", density=density))
     for drop_rate in DROP_RATES:
-        drops: dict[str, Any] = {"drop_rate": drop_rate, "seed": SEED}
+        drops: dict[str, Any] = {"drop_rate": drop_rate, "seed": DROP_SEED}
         yield f"DARE, drop rate {drop_rate}", CombinedAdapter(sources, Combination("dare_linear", **drops))
         yield (
             f"DARE, drop rate {drop_rate}, weights {equal[0]:.2g}",

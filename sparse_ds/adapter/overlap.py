@@ -19,8 +19,9 @@ from itertools import combinations
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from sparse_ds.adapter.adapter import Adapter, Deltas
+from sparse_ds.adapter.adapter import Adapter
 from sparse_ds.adapter.aligned import AlignedChunk, aligned_chunks
 from sparse_ds.adapter.same_base import check_same_base
 from sparse_ds.config.errors import UserError
@@ -63,16 +64,29 @@ class SharedCounts:
         names = ("jaccard", "conflict_fraction", "energy_fraction")
         return {**asdict(self), **{name: getattr(self, name) for name in names}}
 
-    def add(self, chunk: AlignedChunk) -> None:
-        """Take in the rows of `chunk`, which are those of these adapters."""
-        sum_U = chunk.values.sum(dim=0)
-        is_shared_U = chunk.present.sum(dim=0) > 1
-        has_both_signs_U = (chunk.values > 0).any(dim=0) & (chunk.values < 0).any(dim=0)
-        self.num_union += int(chunk.present.any(dim=0).sum())
-        self.num_shared += int(is_shared_U.sum())
-        self.num_sign_conflicts += int(has_both_signs_U.sum())
-        self.energy += float(sum_U.square().sum())
-        self.shared_energy += float(sum_U[is_shared_U].square().sum())
+    def add(self, chunk: AlignedChunk, rows: Sequence[int]) -> Tensor:
+        """Take in the rows of `chunk` that are those of these adapters.
+
+        Returns:
+            [U] int64: how many of them have the index.
+        """
+        num_present_U = torch.zeros_like(chunk.indices, dtype=torch.int64)
+        has_positive_U, has_negative_U = torch.zeros(2, chunk.indices.numel(), dtype=torch.bool)
+        sum_U = torch.zeros_like(chunk.values[0])
+        # Row by row: reductions over a first dimension of two or three are many times slower.
+        for row in rows:
+            num_present_U += chunk.present[row]
+            has_positive_U |= chunk.values[row] > 0
+            has_negative_U |= chunk.values[row] < 0
+            sum_U += chunk.values[row]
+        is_shared_U = num_present_U > 1
+        shared_sum_U = sum_U[is_shared_U]
+        self.num_union += int(num_present_U.count_nonzero())
+        self.num_shared += shared_sum_U.numel()
+        self.num_sign_conflicts += int((has_positive_U & has_negative_U).sum())
+        self.energy += float(sum_U.dot(sum_U))
+        self.shared_energy += float(shared_sum_U.dot(shared_sum_U))
+        return num_present_U
 
 
 @dataclass
@@ -167,7 +181,7 @@ def overlap(
 
 def _add_module(report: OverlapReport, adapters: Sequence[Adapter], module_name: str, num_weights: int) -> None:
     numbers = [number for number, adapter in enumerate(adapters) if module_name in adapter.config.shapes]
-    deltas = [Deltas(*adapters[number].read(module_name)) for number in numbers]
+    deltas = [adapters[number].read(module_name) for number in numbers]
     densities = {number: own.indices.numel() / num_weights for number, own in zip(numbers, deltas, strict=True)}
     for number, own in zip(numbers, deltas, strict=True):
         report.num_active[number] += own.indices.numel()
@@ -175,13 +189,13 @@ def _add_module(report: OverlapReport, adapters: Sequence[Adapter], module_name:
     for (first, second), counts in report.pairs.items():
         counts.num_shared_by_chance += num_weights * densities.get(first, 0.0) * densities.get(second, 0.0)
     for chunk in aligned_chunks(deltas):
-        report.in_all.add(chunk)
-        histogram = torch.bincount(chunk.present.sum(dim=0), minlength=len(adapters) + 1).tolist()
+        num_present_U = report.in_all.add(chunk, range(len(numbers)))
+        histogram = torch.bincount(num_present_U, minlength=len(adapters) + 1).tolist()
         report.num_shared_by = [old + new for old, new in zip(report.num_shared_by, histogram[1:], strict=True)]
         for (first, second), counts in report.pairs.items():
             rows = [row for row, number in enumerate(numbers) if number in (first, second)]
             if rows:
-                counts.add(AlignedChunk(chunk.indices, chunk.values[rows], chunk.present[rows]))
+                counts.add(chunk, rows)
 
 
 def _chance_of_two(densities: Sequence[float]) -> float:

@@ -14,7 +14,7 @@ from adapter_items import MakeBase
 from safetensors.torch import load_file
 
 from sparse_ds.adapter.adapter import AdapterBase, AdapterConfig, Deltas
-from sparse_ds.adapter.aligned import aligned_chunks, union_of
+from sparse_ds.adapter.aligned import CHUNK, aligned_chunks, union_of
 from sparse_ds.adapter.combining import Combination, CombinedAdapter
 from sparse_ds.adapter.native import NativeAdapter, load_adapter, save_adapter
 from sparse_ds.adapter.valid_deltas import deltas_problem
@@ -126,6 +126,24 @@ def test_a_sum_is_rounded_once(make: Make) -> None:
     """2^24 + 1 - 2^24: in fp32, one after the other, it would be 0 or 2."""
     adapters = [make({Q_PROJ: {7: value}}) for value in (2.0**24, 1.0, -(2.0**24))]
     assert entries_of(CombinedAdapter(adapters).read(Q_PROJ)) == {7: 1.0}
+
+
+def test_a_matrix_of_several_chunks(tmp_path: Path) -> None:
+    """A union of more indices than are merged at a time, against dense vectors."""
+    generator, num_weights = torch.Generator().manual_seed(0), 1200 * 1300
+    adapters, dense = [], torch.zeros(num_weights, dtype=torch.float64)
+    config = AdapterConfig(method="sparta", density=0.6, base=BASE, shapes={Q_PROJ: (1200, 1300)})
+    for number in range(2):
+        indices = (torch.rand(num_weights, generator=generator) < 0.6).nonzero().flatten()
+        values = torch.randn(indices.numel(), generator=generator)
+        dense.index_add_(0, indices, values.double())
+        save_adapter(tmp_path / str(number), [(Q_PROJ, indices, values)], config=config)
+        adapters.append(load_adapter(tmp_path / str(number)))
+    indices, values = CombinedAdapter(adapters).read(Q_PROJ)
+    assert indices.numel() > CHUNK and deltas_problem(Q_PROJ, (1200, 1300), Deltas(indices, values)) is None
+    merged = torch.zeros(num_weights)
+    merged[indices.long()] = values
+    assert torch.equal(merged, dense.float())
 
 
 def test_one_adapter_and_its_sum_are_the_same(make: Make) -> None:

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparse_ds.adapter import aligned
 from sparse_ds.adapter.adapter import Adapter, AdapterBase, AdapterConfig
 from sparse_ds.adapter.native import load_adapter, save_adapter
 from sparse_ds.adapter.overlap import overlap
@@ -49,11 +48,7 @@ def adapters(sources: list[dict[Key, float]], tmp_path: Path) -> list[Adapter]:
     return opened
 
 
-@pytest.mark.parametrize("chunk", [7, 1 << 20])
-def test_counts(
-    sources: list[dict[Key, float]], adapters: list[Adapter], chunk: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(aligned.aligned_chunks, "__kwdefaults__", {"chunk": chunk})
+def test_counts(sources: list[dict[Key, float]], adapters: list[Adapter]) -> None:
     report = overlap(adapters, names=["one", "two", "three"])
     assert report.num_active == [600, 300, 450]
     for (first, second), counts in report.pairs.items():
@@ -96,6 +91,21 @@ def test_random_sets_share_what_is_expected_by_chance(tmp_path: Path) -> None:
         assert counts.num_shared_by_chance == pytest.approx(3600)
         assert abs(counts.num_shared - 3600) < 5 * 57
         assert counts.num_sign_conflicts == 0
+
+
+def test_a_matrix_of_several_chunks(tmp_path: Path) -> None:
+    """A union of 1.2 million indices, more than are looked at at a time."""
+    base = AdapterBase(name="owner/tiny", quantization="none", dtype="bfloat16")
+    config = AdapterConfig(method="full", density=1.0, base=base, shapes={"m": (1100, 1200)})
+    adapters = []
+    for number, (first, end) in enumerate(((0, 1_200_000), (60_000, 1_260_000))):
+        values = torch.full((1_200_000,), -1.0 if number else 2.0)
+        save_adapter(tmp_path / str(number), [("m", torch.arange(first, end), values)], config=config)
+        adapters.append(load_adapter(tmp_path / str(number)))
+    counts = overlap(adapters).in_all
+    assert (counts.num_union, counts.num_shared) == (1_260_000, 1_140_000)
+    assert counts.num_sign_conflicts == 1_140_000 and counts.shared_energy == 1_140_000
+    assert counts.energy == 1_140_000 + 60_000 * 4 + 60_000
 
 
 def test_json_and_table(adapters: list[Adapter]) -> None:
