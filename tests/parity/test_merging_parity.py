@@ -15,6 +15,7 @@ from sparse_ds.adapter.native import load_adapter, save_adapter
 NAME = "model.layers.0.self_attn.q_proj"
 
 
+@pytest.mark.filterwarnings("ignore:The density 1.0 is greater")
 @pytest.mark.parametrize("density", [0.25, 1.0])
 def test_dense_task_vectors(tmp_path: Path, density: float) -> None:
     """With K = N the two definitions of density are one. fp32 sums of three differ from fp64 ones in the last digit."""
@@ -34,9 +35,7 @@ def test_dense_task_vectors(tmp_path: Path, density: float) -> None:
         dense[indices.long()] = values
         return dense.view(16, 24)
 
-    # At density 1 peft warns that it prunes nothing, and does not.
-    with torch.no_grad():
-        expected = ties([matrix.clone() for matrix in matrices], torch.tensor(weights), density)
+    expected = ties(matrices, torch.tensor(weights), density)
     assert torch.allclose(merged(Combination("ties", weights=weights, density=density)), expected, rtol=1e-6, atol=1e-7)
     expected = task_arithmetic(matrices, torch.tensor(weights))
     assert torch.allclose(merged(Combination("linear", weights=weights)), expected, rtol=1e-6, atol=1e-6)
