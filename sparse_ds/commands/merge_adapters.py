@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from sparse_ds.commands.export_adapter import add_output_arguments, check_options, write_adapter
@@ -46,14 +47,16 @@ def run(arguments: argparse.Namespace) -> None:
     _check_tasks(arguments)
     adapters = [open_adapter(path, base_model=arguments.base_model) for path in arguments.adapters]
     merged: Adapter
+    compared: Sequence[Adapter] = adapters
     if arguments.tasks is None:
         merged = CombinedAdapter(adapters, combination, allow_other_names=arguments.allow_other_base)
     else:
         from sparse_ds.export.multi_head import MultiHeadAdapter
 
         tasks = dict(zip(arguments.tasks, adapters, strict=True))
-        merged = MultiHeadAdapter(tasks, combination, allow_other_names=arguments.allow_other_base)
-    shared = overlap(adapters, names=arguments.tasks, allow_other_names=arguments.allow_other_base)
+        multi_head = MultiHeadAdapter(tasks, combination, allow_other_names=arguments.allow_other_base)
+        merged, compared = multi_head, multi_head.bodies
+    shared = overlap(compared, names=arguments.tasks, allow_other_names=arguments.allow_other_base)
     print(shared.table())
     if arguments.overlap_json is not None:
         try:

@@ -43,6 +43,7 @@ class MultiHeadAdapter(Adapter):
             different pad tokens, or adapters that cannot be combined (`CombinedAdapter`).
 
     Attributes:
+        bodies: the adapters without their heads.
         heads: task -> (its first row, the row behind its last) of the head.
     """
 
@@ -54,7 +55,7 @@ class MultiHeadAdapter(Adapter):
         allow_other_names: bool = False,
     ) -> None:
         _check_tasks(adapters)
-        bodies = [_Body(adapter) for adapter in adapters.values()]
+        bodies = self.bodies = [_Body(adapter) for adapter in adapters.values()]
         self._adapters = dict(adapters)
         self._body = CombinedAdapter(bodies, combination, allow_other_names=allow_other_names)
         self.folder = self._body.folder
