@@ -5,8 +5,8 @@ that bf16 hides, and the share of trained weights that differ between round(w + 
 w + round(value), PEFT's supertuning.
 
 With a base, an adapter of it and a text: the loss of the base, of the merged model (the trained one), of the adapter in
-PEFT as supertuning over the 16-bit base and as shira over the base in the form of the training, and the sizes of the
-folders. Runs on the CPU.
+PEFT as supertuning over the 16-bit base (and of the same sums rounded once), and as shira over the base in the form of
+the training; and the sizes of the folders. Runs on the CPU.
 
     python scripts/compare_peft.py
     python scripts/compare_peft.py --base FOLDER --adapter FOLDER --text FILE
@@ -87,6 +87,10 @@ def compare_losses(base: str, adapter: Adapter, text: Path, num_windows: int) ->
         shira = save_shira(adapter, Path(work, "shira"))
         merge_adapter(base, adapter, Path(work, "merged"), dtype=adapter.config.base.dtype)
         rows = {"base": loss(load(base)), "merged": loss(load(Path(work, "merged")))}
+        if adapter.config.base.quantization == "nf4":
+            settings = {"dtype": adapter.config.base.dtype, "base_weights": "original"}
+            merge_adapter(base, adapter, Path(work, "original"), **settings)
+            rows["merged into the 16-bit base"] = loss(load(Path(work, "original")))
         rows["supertuning over the 16-bit base"] = loss(PeftModel.from_pretrained(load(base), supertuning.folder))
         rows["shira over the base of the training"] = loss(load_by_card(shira.folder, base))
     original = load(base)
