@@ -67,12 +67,14 @@ def main() -> None:
     parser.add_argument("--sequence-length", type=int, default=256)
     parser.add_argument("--density", type=float, default=0.05)
     parser.add_argument("--heldout-samples", type=int, default=64, help="at most so many of each text")
+    parser.add_argument("--threads", type=int, default=1, help="of the measurements")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there")
     arguments = parser.parse_args()
     texts = {name: Path(path) for name, _, path in (text.partition("=") for text in arguments.text)}
     if len(texts) < 2 or not all(path.is_file() for path in texts.values()):
         parser.error("--text NAME=FILE is needed twice or more, with different names and files that exist")
     logging.disable_progress_bar()
+    torch.set_num_threads(arguments.threads)
     adapters = {name: train(arguments, name, path, seed) for seed, (name, path) in enumerate(texts.items())}
     rows = list(measure(arguments, adapters))
     shared = overlap(list(adapters.values()), names=list(adapters))
