@@ -28,8 +28,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sparse_ds.adapter.adapter import Adapter
 from sparse_ds.adapter.opening import open_adapter
-from sparse_ds.adapter.shira import save_shira
-from sparse_ds.adapter.supertuning import save_supertuning
+from sparse_ds.adapter.peft_formats.shira import save_shira
+from sparse_ds.adapter.peft_formats.supertuning import save_supertuning
 from sparse_ds.export.merged import merge_adapter
 
 NUM_RANDOM = 4_000_000

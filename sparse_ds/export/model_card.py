@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.metadata import version
 
 from sparse_ds.adapter.adapter import Adapter
-from sparse_ds.adapter.peft_card import public_name
+from sparse_ds.adapter.peft_formats.model_card import public_name
 
 
 def merged_model_card(

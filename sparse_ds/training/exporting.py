@@ -17,8 +17,8 @@ import torch
 
 from sparse_ds.adapter.adapter import Adapter
 from sparse_ds.adapter.native import load_adapter
-from sparse_ds.adapter.shira import save_shira
-from sparse_ds.adapter.supertuning import save_supertuning
+from sparse_ds.adapter.peft_formats.shira import save_shira
+from sparse_ds.adapter.peft_formats.supertuning import save_supertuning
 from sparse_ds.config import RunConfig
 from sparse_ds.export.merged import merge_adapter
 from sparse_ds.export.verify import verify_merged

@@ -20,8 +20,8 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from sparse_ds.adapter.adapter import Adapter, AdapterConfig, Deltas
-from sparse_ds.adapter.peft_base import PeftBase
-from sparse_ds.adapter.peft_export import (
+from sparse_ds.adapter.peft_formats.base_shapes import PeftBase
+from sparse_ds.adapter.peft_formats.writing import (
     CONFIG_FILE,
     PREFIX,
     RECORD_FILE,

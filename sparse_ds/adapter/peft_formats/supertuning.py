@@ -23,8 +23,8 @@ from peft import SupertuningConfig
 from torch import Tensor
 
 from sparse_ds.adapter.adapter import Adapter, AdapterConfig, tensor_name
-from sparse_ds.adapter.peft_export import PeftExport, PeftFormat, PeftPlan, write_peft_folder
-from sparse_ds.adapter.peft_import import PeftAdapter
+from sparse_ds.adapter.peft_formats.reading import PeftAdapter
+from sparse_ds.adapter.peft_formats.writing import PeftExport, PeftFormat, PeftPlan, write_peft_folder
 from sparse_ds.config.errors import UserError
 
 PARTS = ("supertuning_indices", "supertuning_values")
