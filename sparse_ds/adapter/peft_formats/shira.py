@@ -36,7 +36,7 @@ MASK_TYPE = "sparse_ds"
 def save_shira(
     adapter: Adapter, output: Path | str, *, base_name: str | None = None, overwrite: bool = False
 ) -> PeftExport:
-    """Write a `shira` adapter; arguments, memory and errors as `peft_export.write_peft_folder`.
+    """Write a `shira` adapter; arguments, memory and errors as `writing.write_peft_folder`.
 
     Raises:
         UserError: also deltas of biases or norms, and a density that no `r` gives to all matrices.

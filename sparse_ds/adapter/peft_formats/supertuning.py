@@ -33,7 +33,7 @@ PARTS = ("supertuning_indices", "supertuning_values")
 def save_supertuning(
     adapter: Adapter, output: Path | str, *, base_name: str | None = None, overwrite: bool = False
 ) -> PeftExport:
-    """Write a `supertuning` adapter; arguments, memory and errors as `peft_export.write_peft_folder`.
+    """Write a `supertuning` adapter; arguments, memory and errors as `writing.write_peft_folder`.
 
     Raises:
         UserError: also deltas of biases or norms, and a matrix of 2^31 weights or more.
