@@ -19,7 +19,8 @@ from datasets import Dataset, Features, List, Value, concatenate_datasets
 from datasets.utils import tqdm
 
 from sparse_ds.config.errors import UserError
-from sparse_ds.data.formats import LabeledText, labeled_sample
+from sparse_ds.data.formats import labeled_sample
+from sparse_ds.data.samples import LabeledText
 from sparse_ds.data.sources import RowSource, TextSource
 from sparse_ds.data.tokenization import SampleEncoder
 

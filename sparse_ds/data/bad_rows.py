@@ -1,0 +1,72 @@
+"""Rows that cannot be used: the first one ends the run, or all of them are left out and counted.
+
+A row is bad if it cannot be read (broken JSON, not UTF-8), has not the fields of its format, is refused by the chat
+template, or leaves nothing to learn. Which of the two happens is `data.on_bad_row`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Literal, TypeVar
+
+from sparse_ds.config.errors import UserError
+from sparse_ds.data.reading import Row
+
+
+OnBadRow = Literal["error", "skip"]
+T = TypeVar("T")
+
+
+class BadRows:
+    """Takes the mistakes of one source's rows.
+
+    Args:
+        field: the config field that the source comes from, for messages.
+        on_bad_row: `error`: the first ends it; `skip`: they are left out and counted.
+
+    Attributes:
+        numbers: the rows that were left out, ascending, counted from 0.
+        first: what is wrong with the first of them; None if there is none.
+    """
+
+    def __init__(self, field: str, on_bad_row: OnBadRow = "error") -> None:
+        self.field, self.on_bad_row = field, on_bad_row
+        self.numbers: list[int] = []
+        self.first: str | None = None
+
+    def refuse(self, number: int, error: UserError) -> None:
+        """Row `number` cannot be used, and `error` says why.
+
+        Raises:
+            UserError: `error`, unless bad rows are skipped.
+        """
+        if self.on_bad_row == "error":
+            raise UserError(f"{error} (data.on_bad_row skip leaves such rows out.)")
+        if self.first is None:
+            self.first = str(error)
+        self.numbers.append(number)
+
+    def convert(self, rows: Iterable[Row], to_sample: Callable[[Row], T]) -> Iterator[tuple[int, T]]:
+        """(number of the row from 0, its sample) of all rows that can be used."""
+        for number, row in enumerate(rows):
+            try:
+                if row.broken is not None:
+                    raise row.broken
+                sample = to_sample(row)
+            except UserError as error:
+                self.refuse(number, error)
+                continue
+            yield number, sample
+
+    def describe(self, num_samples: int) -> str | None:
+        """One line for the start of a run; None if all rows could be used.
+
+        Args:
+            num_samples: rows that could be used.
+        """
+        if not self.numbers:
+            return None
+        return (
+            f"{self.field}: {len(self.numbers):,} of {num_samples + len(self.numbers):,} rows are left out "
+            f"(data.on_bad_row skip). The first: {self.first}"
+        )
