@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from sparse_ds.config.data_conflicts import data_sources, find_data_conflicts
 from sparse_ds.config.deepspeed_section import find_deepspeed_problems
 from sparse_ds.config.methods import all_methods
 
@@ -67,6 +68,8 @@ def find_conflicts(sections: Mapping[str, Any]) -> list[str]:
     if model is not None:
         found += _model_conflicts(model, method, train)
         found += _task_conflicts(model, data)
+    if data is not None:
+        found += find_data_conflicts(data, model, train)
     if train is not None:
         found += _train_conflicts(train, checkpoint)
         found += _best_conflicts(train, checkpoint, data)
@@ -224,8 +227,8 @@ def _path_conflicts(
 ) -> Iterator[str]:
     places = {
         "model.name_or_path": model and model.name_or_path,
-        "data.train": data and data.train,
-        "data.eval": data and data.eval,
+        **(dict(data_sources(data)) if data is not None else {}),
+        "data.template": data and data.template,
         "train.output_dir": train and train.output_dir,
         "checkpoint.resume": checkpoint and checkpoint.resume,
     }

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from sparse_ds.config.conflicts import find_conflicts, find_idle_task_keys, find_warnings, idle_keys
+from sparse_ds.config.data_conflicts import find_idle_data_keys
 from sparse_ds.config.errors import UserError
 from sparse_ds.config.methods import all_methods
 
@@ -84,20 +85,49 @@ class ModelConfig(_Section):
     """One word per label, in the order of the labels, for `model.head_initialization` label_words; else null."""
 
 
+class DataPart(_Section):
+    """One source of a mixture. With neither `weight` nor `num_samples` every sample is used once an epoch."""
+
+    source: Text
+    """As `data.train` names one source."""
+    weight: Annotated[float, Field(gt=0)] | None = None
+    """How often each sample is used an epoch, above 0: 0.5 is a random half, 2.5 all twice and a random half again.
+    With `data.streaming` it is the source's share of the samples, relative to the other weights; null: 1."""
+    num_samples: PositiveInt | None = None
+    """Instead of a weight: so many samples an epoch, drawn at random; all are used before one is used again."""
+    format: Literal["auto", "alpaca", "prompt_completion", "messages", "sharegpt", "text"] | None = None
+    """How one record of this source is laid out; null: `data.format`."""
+
+
 class DataConfig(_Section):
     """What is learned and what is held out."""
 
-    train: Text = "embedded:train"
-    """A file (JSONL, JSON, CSV, Parquet, text), a saved dataset folder, `owner/name` on the hub, or `embedded:train`. A
-    relative path is relative to the working directory."""
+    train: Text | Annotated[list[DataPart], Field(min_length=1)] = "embedded:train"
+    """A file (JSONL, JSON, CSV, Parquet, text), a folder of such files, a saved dataset folder, `owner/name` on the
+    hub, or `embedded:train`; or a list of {"source", "weight" or "num_samples", "format"}: a mixture. A relative path
+    is relative to the working directory."""
     eval: Text | None = "embedded:eval"
     """The held-out data, named like `data.train`; null: no evaluation."""
-    format: Literal["auto", "alpaca", "prompt_completion", "messages", "text", "classification"] = "auto"
+    format: Literal["auto", "alpaca", "prompt_completion", "messages", "sharegpt", "text", "classification"] = "auto"
     """How one record is laid out; `auto` tells it by the names of its fields."""
+    template: Text = "auto"
+    """The text around a sample. `auto`: Alpaca's prompt for `alpaca`, none for `prompt_completion`, the tokenizer's
+    chat template for conversations. `tokenizer`: its chat template for all of them. `alpaca`, `chatml`, `llama-2`,
+    `mistral` or the path of a Jinja file: that chat template for all of them, and in the exported tokenizer."""
     labels: Annotated[list[Text], Field(min_length=2)] | None = None
     """The labels of a classification in the order of the head's rows; null: those of the training data, sorted."""
     sequence_length: Annotated[int, Field(ge=2)] = 2048
-    """The longest sample, in tokens; what is longer is cut."""
+    """The longest sample, in tokens."""
+    truncate: bool = True
+    """Samples above `data.sequence_length` lose their end; false: they are bad rows (`data.on_bad_row`)."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """A row that cannot be used (broken, without a field, refused by the template, nothing to learn): `error` ends the
+    run before training, `skip` leaves such rows out, counts them and names the first."""
+    streaming: bool = False
+    """Read and tokenize the training data while training, in the order of the source but for `data.shuffle_buffer`,
+    instead of before; needs `train.max_steps`. The end of a source is followed by its beginning."""
+    shuffle_buffer: PositiveInt = 10_000
+    """With `data.streaming`: each sample is drawn from the next so many rows of its source; 1: its order stays."""
     num_eval_samples: PositiveInt | None = None
     """At most so many samples of `data.eval` are used; null: all."""
 
@@ -353,6 +383,7 @@ class RunConfig(_Section):
 def _find_idle_keys(config: RunConfig) -> dict[str, tuple[str, ...]]:
     """Section -> keys that this run does not use because another key chose their alternative."""
     idle = {**idle_keys(config.method.name), **find_idle_task_keys(config.model)}
+    idle["data"] = (*idle.get("data", ()), *find_idle_data_keys(config.data, config.model))
     if config.train.max_steps is not None:
         idle["train"] = ("num_epochs",)
     return idle

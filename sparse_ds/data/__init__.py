@@ -1,15 +1,22 @@
 """Data: from the files that a user names to padded micro batches with a loss mask.
 
 reading         files -> rows with their line numbers      formats         rows -> samples
-sources         names -> files, folders, hub data sets     templates       the text around a sample
-tokenization    samples -> ids and labels                  sample_prompts  what to ask before and after training
-classification  labeled texts -> ids and numbers           collation       ids -> padded micro batches
+sources         names -> files, folders, hub data sets     conversations   rows that hold conversations
+folders         which files make up a split                row_fields      one field of a row, checked
+templates       the text around a sample                   samples         what rows become
+named_templates chat templates by name or from a file      bad_rows        rows that cannot be used
+tokenization    samples -> ids and labels                  sample_reader   a source's rows -> tokenized samples
+classification  labeled texts -> ids and numbers           mixture         several sources in one training set
+streaming       data read while it is used                 row_stream      the order of a stream's rows
+collation       ids -> padded micro batches                sample_prompts  what to ask before and after training
+tokenized       one source, tokenized                      fingerprint     a sha256 of the samples
 building        all of it: the entry points
 """
 
-from sparse_ds.data.building import DataBundle, DataSettings, TokenizedData, build_dataset, build_datasets
+from sparse_ds.data.building import DataBundle, DataSettings, build_dataset, build_datasets
 from sparse_ds.data.collation import CausalCollator, ClassificationCollator
 from sparse_ds.data.sample_prompts import SamplePrompt, build_prompt
+from sparse_ds.data.tokenized import TokenizedData
 
 __all__ = [
     "CausalCollator",

@@ -12,7 +12,6 @@ from typing import Literal, TypeVar
 from sparse_ds.config.errors import UserError
 from sparse_ds.data.reading import Row
 
-
 OnBadRow = Literal["error", "skip"]
 T = TypeVar("T")
 
@@ -25,14 +24,19 @@ class BadRows:
         on_bad_row: `error`: the first ends it; `skip`: they are left out and counted.
 
     Attributes:
-        numbers: the rows that were left out, ascending, counted from 0.
-        first: what is wrong with the first of them; None if there is none.
+        first: what is wrong with the first row that was left out; None if there is none.
     """
 
     def __init__(self, field: str, on_bad_row: OnBadRow = "error") -> None:
         self.field, self.on_bad_row = field, on_bad_row
-        self.numbers: list[int] = []
+        self._numbers: list[int] = []
+        self._first = -1
         self.first: str | None = None
+
+    @property
+    def numbers(self) -> list[int]:
+        """The rows that were left out, ascending, counted from 0."""
+        return sorted(self._numbers)
 
     def refuse(self, number: int, error: UserError) -> None:
         """Row `number` cannot be used, and `error` says why.
@@ -42,9 +46,9 @@ class BadRows:
         """
         if self.on_bad_row == "error":
             raise UserError(f"{error} (data.on_bad_row skip leaves such rows out.)")
-        if self.first is None:
-            self.first = str(error)
-        self.numbers.append(number)
+        if self.first is None or number < self._first:
+            self._first, self.first = number, str(error)
+        self._numbers.append(number)
 
     def convert(self, rows: Iterable[Row], to_sample: Callable[[Row], T]) -> Iterator[tuple[int, T]]:
         """(number of the row from 0, its sample) of all rows that can be used."""
@@ -64,9 +68,9 @@ class BadRows:
         Args:
             num_samples: rows that could be used.
         """
-        if not self.numbers:
+        if not self._numbers:
             return None
         return (
-            f"{self.field}: {len(self.numbers):,} of {num_samples + len(self.numbers):,} rows are left out "
+            f"{self.field}: {len(self._numbers):,} of {num_samples + len(self._numbers):,} rows are left out "
             f"(data.on_bad_row skip). The first: {self.first}"
         )

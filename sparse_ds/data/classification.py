@@ -19,7 +19,9 @@ from datasets import Dataset, Features, List, Value, concatenate_datasets
 from datasets.utils import tqdm
 
 from sparse_ds.config.errors import UserError
+from sparse_ds.data.bad_rows import BadRows
 from sparse_ds.data.formats import labeled_sample
+from sparse_ds.data.reading import Row
 from sparse_ds.data.samples import LabeledText
 from sparse_ds.data.sources import RowSource, TextSource
 from sparse_ds.data.tokenization import SampleEncoder
@@ -53,8 +55,9 @@ def tokenize_labeled(
     labels: Sequence[str] | None,
     pad_token_id: int,
     max_samples: int | None,
-    field: str,
+    bad_rows: BadRows,
     show_progress: bool,
+    truncate: bool = True,
 ) -> LabeledData:
     """Read and tokenize one source of labeled texts.
 
@@ -64,33 +67,47 @@ def tokenize_labeled(
         labels: all labels, in order; None: those of the source, sorted (by number where all are whole numbers).
         pad_token_id: taken away at the end of a sample.
         max_samples: stop after so many; None reads all.
-        field: the config field that the source comes from, for messages.
+        bad_rows: takes rows without text or label, or with a label that is not in the list.
         show_progress: show a progress bar.
+        truncate: cut longer samples at the end; false: they are bad rows.
 
     Raises:
-        UserError: no rows, a row without text or label, a label that is not in the list, fewer than two labels.
+        UserError: no rows, a bad row, fewer than two labels.
     """
+    field = bad_rows.field
     if isinstance(source, TextSource):
         raise UserError(f"{field}: {source.name} is running text, which has no labels. Give a file with rows.")
     texts: list[str] = []
     chunks: list[Dataset] = []
     num_tokens = num_truncated = 0
-    rows = iter(tqdm(source, desc=f"tokenizing {field}", unit=" samples", disable=not show_progress, delay=1))
-    samples = islice((labeled_sample(row) for row in rows), max_samples)
-    while batch := list(islice(samples, _CHUNK_SAMPLES)):
+
+    def to_sample(row: Row) -> LabeledText:
+        sample = labeled_sample(row)
         if labels is not None:
-            _check_labels(batch, labels, field)
-        ids_of_batch = encoder.plain_ids([sample.text for sample in batch])
-        num_truncated += sum(len(ids) > encoder.sequence_length for ids in ids_of_batch)
-        ids_of_batch = [_without_end_padding(ids[: encoder.sequence_length], pad_token_id) for ids in ids_of_batch]
-        for sample, ids in zip(batch, ids_of_batch, strict=True):
-            if not ids:
-                raise UserError(f"{sample.location}: the tokenizer makes no token of the text. Remove the sample.")
-        num_tokens += sum(map(len, ids_of_batch))
-        texts += [sample.label for sample in batch]
-        chunks.append(Dataset.from_dict({"input_ids": ids_of_batch}, features=_FEATURES))
-    if not chunks:
-        raise UserError(f"{field}: {source.name} holds no sample. Give at least one.")
+            _check_label(sample, labels, field)
+        return sample
+
+    rows = tqdm(source.with_broken(), desc=f"tokenizing {field}", unit=" samples", disable=not show_progress, delay=1)
+    samples = bad_rows.convert(rows, to_sample)
+    while batch := list(islice(samples, _CHUNK_SAMPLES if max_samples is None else min(_CHUNK_SAMPLES, max_samples))):
+        kept: list[list[int]] = []
+        for (number, sample), ids in zip(batch, encoder.plain_ids([sample.text for _, sample in batch]), strict=True):
+            is_truncated = len(ids) > encoder.sequence_length
+            ids = _without_end_padding(ids[: encoder.sequence_length], pad_token_id)
+            if not ids or (is_truncated and not truncate):
+                bad_rows.refuse(number, _unusable(sample, encoder.sequence_length, is_truncated))
+                continue
+            num_truncated += is_truncated
+            kept.append(ids)
+            texts.append(sample.label)
+            if len(texts) == max_samples:
+                break
+        num_tokens += sum(map(len, kept))
+        chunks.append(Dataset.from_dict({"input_ids": kept}, features=_FEATURES))
+        if len(texts) == max_samples:
+            break
+    if not texts:
+        raise UserError(f"{field}: no usable sample in {source.name}: {bad_rows.describe(0) or 'it holds none.'}")
     known = tuple(_sorted(set(texts)) if labels is None else labels)
     if len(known) < 2:
         raise UserError(
@@ -103,15 +120,23 @@ def tokenize_labeled(
     return LabeledData(dataset, known, num_tokens, num_truncated)
 
 
-def _check_labels(batch: Sequence[LabeledText], labels: Sequence[str], field: str) -> None:
+def _check_label(sample: LabeledText, labels: Sequence[str], field: str) -> None:
     origin = "data.labels" if field == "data.train" else "data.labels, or the labels of data.train"
-    for sample in batch:
-        if sample.label not in labels:
-            shown = ", ".join(map(repr, labels[:_SHOWN_LABELS])) + (", ..." if len(labels) > _SHOWN_LABELS else "")
-            raise UserError(
-                f'{sample.location}: field "label" is {sample.label!r}, expected one of {shown} ({origin}). Correct '
-                "it, or name all labels in data.labels."
-            )
+    if sample.label not in labels:
+        shown = ", ".join(map(repr, labels[:_SHOWN_LABELS])) + (", ..." if len(labels) > _SHOWN_LABELS else "")
+        raise UserError(
+            f'{sample.location}: field "label" is {sample.label!r}, expected one of {shown} ({origin}). Correct '
+            "it, or name all labels in data.labels."
+        )
+
+
+def _unusable(sample: LabeledText, sequence_length: int, is_truncated: bool) -> UserError:
+    if is_truncated:
+        return UserError(
+            f"{sample.location}: the sample is longer than data.sequence_length = {sequence_length} tokens. Raise it, "
+            "shorten the sample, or set data.truncate to true."
+        )
+    return UserError(f"{sample.location}: the tokenizer makes no token of the text. Remove the sample.")
 
 
 def _without_end_padding(ids: list[int], pad_token_id: int) -> list[int]:

@@ -40,7 +40,7 @@ def find_files(folder: Path, field: str, split: str) -> list[Path]:
     if unnamed:
         raise UserError(
             f"{field}: in the folder {folder} some files say their split by their names ({', '.join(splits)}), and "
-            f"{unnamed[0].relative_to(folder)} says none ({len(unnamed)} such files). Rename or move them, or name a file."
+            f"{unnamed[0].relative_to(folder)} says none ({len(unnamed)} such files). Rename them, or name a file."
         )
     if split not in splits:
         raise UserError(

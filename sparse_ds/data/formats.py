@@ -2,8 +2,8 @@
 
 | format | fields of a row | becomes |
 |---|---|---|
-| `alpaca` | `instruction`, `output` (or `response`), optional `input` (or `context`) | PromptCompletion, Alpaca's prompt |
-| `prompt_completion` | `prompt` + `completion` (or `response`), or `question` + `answer` | PromptCompletion, as they are |
+| `alpaca` | `instruction`, `output` or `response`, optional `input` or `context` | PromptCompletion, Alpaca's prompt |
+| `prompt_completion` | `prompt` + `completion` or `response`; `question` + `answer` | PromptCompletion, as they are |
 | `messages` | `messages`: a list of `{"role", "content"}` | Conversation |
 | `sharegpt` | `conversations`: a list of `{"from", "value"}`; optional `system` | Conversation |
 | `text` | `text`, or a `.txt` file | Text, or a stream of blocks |

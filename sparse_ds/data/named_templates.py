@@ -1,11 +1,11 @@
 """Chat templates by name, for base models whose tokenizer has none, and the one that a run uses.
 
-| name | one exchange with a system message (`<s>` and `</s>` are the tokenizer's own BOS and EOS) |
-|---|---|
-| `alpaca` | `<s>SYSTEM\\n\\n### Instruction:\\nUSER\\n\\n### Response:\\nASSISTANT</s>`; without SYSTEM Alpaca's own preamble |
-| `chatml` | `<s><|im_start|>system\\nSYSTEM<|im_end|>\\n<|im_start|>user\\nUSER<|im_end|>\\n<|im_start|>assistant\\n...` |
-| `llama-2` | `<s>[INST] <<SYS>>\\nSYSTEM\\n<</SYS>>\\n\\nUSER [/INST] ASSISTANT </s>`, every exchange with its own `<s>` |
-| `mistral` | `<s> [INST] SYSTEM\\n\\nUSER [/INST] ASSISTANT</s>`, one `<s>` for all |
+Each for a system message S, a question Q and an answer A; `<s>` and `</s>` are the tokenizer's own BOS and EOS.
+
+    alpaca   <s>S\\n\\n### Instruction:\\nQ\\n\\n### Response:\\nA</s>         without S Alpaca's own preamble
+    chatml   <s><|im_start|>system\\nS<|im_end|>\\n<|im_start|>user\\nQ<|im_end|>\\n<|im_start|>assistant\\nA<|im_end|>
+    llama-2  <s>[INST] <<SYS>>\\nS\\n<</SYS>>\\n\\nQ [/INST] A </s>         the next exchange with its own <s>
+    mistral  <s> [INST] S\\n\\nQ [/INST] A</s>                            one <s> for all exchanges
 
 `llama-2` renders what Llama-2-chat's published template does, `mistral` what Mistral-7B-Instruct-v0.2's does, `chatml`
 what OpenAI's ChatML does but for the two points below.
@@ -75,7 +75,9 @@ _MARKS = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
 
 def named_template(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
     """The Jinja text of a template of this file, for this tokenizer."""
-    bos = "bos_token" if tokenizer.bos_token_id is not None and tokenizer.bos_token_id in leading_ids(tokenizer) else "''"
+    bos = (
+        "bos_token" if tokenizer.bos_token_id is not None and tokenizer.bos_token_id in leading_ids(tokenizer) else "''"
+    )
     end = "eos_token"
     if tokenizer.eos_token == "<|im_end|>":
         end = "'<|im_end|>'"
@@ -116,7 +118,7 @@ def use_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
         tokenizer.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False)
     except jinja2.TemplateSyntaxError as error:
         raise UserError(f"data.template: {name}, line {error.lineno}: no valid Jinja: {error.message}") from None
-    except Exception:  # noqa: BLE001, S110 - a template may refuse this one conversation for any reason of its own
+    except Exception:
         pass
 
 

@@ -65,9 +65,7 @@ def read_text(path: Path) -> str:
     return text.replace("\r\n", "\n")
 
 
-def read_jsonl(
-    path: Path, *, keep_broken: bool = False, expected: str = "one JSON object a line"
-) -> Iterator[Row]:
+def read_jsonl(path: Path, *, keep_broken: bool = False, expected: str = "one JSON object a line") -> Iterator[Row]:
     """One JSON object a line; blank lines are skipped.
 
     Args:
@@ -84,8 +82,9 @@ def read_jsonl(
         except UserError as error:
             yield _broken_row(error, location, keep_broken)
         except (ValueError, RecursionError) as error:
-            text = f"{error.msg} (column {error.colno})" if isinstance(error, json.JSONDecodeError) else str(error)
-            broken = UserError(f"{location}: broken JSON: {text}. Expected {expected}. Correct the line.")
+            broken = UserError(
+                f"{location}: broken JSON: {_json_problem(error)}. Expected {expected}. Correct the line."
+            )
             yield _broken_row(broken, location, keep_broken)
 
 
@@ -109,11 +108,10 @@ def read_json(path: Path, *, keep_broken: bool = False) -> Iterator[Row]:
         try:
             value, position = decoder.raw_decode(text, position)
         except (ValueError, RecursionError) as error:
-            is_syntax = isinstance(error, json.JSONDecodeError)
-            place, text = (error.lineno, f"{error.msg} (column {error.colno})") if is_syntax else (line, str(error))
+            place = error.lineno if isinstance(error, json.JSONDecodeError) else line
             raise UserError(
-                f"{path}, line {place}: broken JSON: {text}, in the array element that starts on line {line}. Expected "
-                "an array of objects ([{...}, {...}]). Correct the file."
+                f"{path}, line {place}: broken JSON: {_json_problem(error)}, in the array element that starts on line "
+                f"{line}. Expected an array of objects ([{{...}}, {{...}}]). Correct the file."
             ) from None
         try:
             yield Row(_json_object(value, location), location)
@@ -236,6 +234,10 @@ def _not_utf8(path: Path, line: int, byte: int) -> UserError:
         f"{path}, line {line}: not UTF-8 (byte 0x{byte:02x}). Save the file as UTF-8, for example with "
         f"`iconv -f latin1 -t utf-8`."
     )
+
+
+def _json_problem(error: Exception) -> str:
+    return f"{error.msg} (column {error.colno})" if isinstance(error, json.JSONDecodeError) else str(error)
 
 
 def _json_object(value: object, location: str) -> Mapping[str, Any]:

@@ -89,9 +89,7 @@ class TextSource:
                 raise UserError(f"{field}: {path} is empty: it holds no text. Give a file with some.")
 
 
-def open_source(
-    source: str | Path, *, field: str, split: str, streaming: bool = False
-) -> RowSource | TextSource:
+def open_source(source: str | Path, *, field: str, split: str, streaming: bool = False) -> RowSource | TextSource:
     """Find what `source` names and look at its beginning.
 
     Args:
@@ -229,8 +227,8 @@ def _missing(name: str, path: Path, field: str) -> UserError:
     near = difflib.get_close_matches(path.name, names, n=1)
     hint = f"Did you mean {parent / near[0]}?" if near else f"Working directory: {Path.cwd()}."
     return UserError(
-        f"{field}: no such file: {name}. {hint} Expected a file ({_KNOWN}), a folder of such files or written by save_to_disk, "
-        "owner/name on the hub, embedded:train or embedded:eval."
+        f"{field}: no such file: {name}. {hint} Expected a file ({_KNOWN}), a folder of such files or "
+        "written by save_to_disk, owner/name on the hub, embedded:train or embedded:eval."
     )
 
 

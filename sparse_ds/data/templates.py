@@ -76,9 +76,7 @@ def render_conversation(
     Raises:
         UserError: the template refuses the conversation (many require that user and assistant alternate).
     """
-    return str(
-        _apply(tokenizer, sample, num_turns, tokenize=False, add_generation_prompt=add_generation_prompt)
-    )
+    return str(_apply(tokenizer, sample, num_turns, tokenize=False, add_generation_prompt=add_generation_prompt))
 
 
 def tokenize_marked_conversation(

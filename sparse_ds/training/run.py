@@ -79,6 +79,7 @@ from sparse_ds.training.setup import (
 )
 from sparse_ds.training.skipped_steps import SkippedSteps, samples_of_step
 from sparse_ds.training.stop_signals import StopSignals, StopTogether
+from sparse_ds.training.stream_order import make_sampler
 from sparse_ds.training.trainer import SparseTrainer, classification_loss
 from sparse_ds.training.trainer_progress import TrainerProgress, check_trainer_state
 
@@ -180,10 +181,12 @@ class _Training:
                 config.data,
                 self.tokenizer,
                 task=config.model.task,
+                seed=config.train.seed,
+                global_batch_size=plan.global_batch_size,
                 num_sample_prompts=config.monitor.num_sample_prompts,
                 show_progress=self.is_main,
             )
-            sampler = self.sampler = GlobalOrderSampler(len(self.data.train), plan.global_batch_size, config.train.seed)
+            sampler = self.sampler = make_sampler(self.data.train, plan.global_batch_size, config.train.seed)
             classification = self._plan_classification()
         require_same_base(self.base_folder, fingerprint)
         self.prepared: PreparedModel = prepare_model(
@@ -392,8 +395,9 @@ class _Training:
             self.stop.evaluation_due = False
             self.trainer.evaluate()
 
-    def _rows_of_step(self, step: int) -> list[int]:
-        """Rows of `data.train`, counted from 0, of which a step of the current epoch is made."""
+    def _rows_of_step(self, step: int) -> list[int | str]:
+        """Rows of `data.train` of which a step of the current epoch is made: counted from 0, or as text where a number
+        does not say which (mixtures, streams)."""
         size = self.config.batch_plan(self.launch.world_size).global_batch_size
         return [self.data.train_data.row_of(sample) for sample in samples_of_step(self.sampler, size, step)]
 
