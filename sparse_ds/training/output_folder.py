@@ -30,6 +30,7 @@ class OutputFolder:
     resolved_config.json   the configuration with every default and override, and the versions
     metrics.jsonl          one object a line
     adapter/               the deltas
+    tokenizer/             the tokenizer with the run's chat template, where `data.template` names one
     merged/                the dense model
     checkpoint-<step>/     see `checkpoint`
     """
@@ -40,6 +41,7 @@ class OutputFolder:
         self.metrics = self.path / "metrics.jsonl"
         self.adapter = self.path / "adapter"
         self.merged = self.path / "merged"
+        self.tokenizer = self.path / "tokenizer"
 
     def goes_on(self, resume: str | None) -> bool:
         """Whether a run with this `checkpoint.resume` goes on with the run that is in the folder."""
@@ -73,6 +75,10 @@ class OutputFolder:
                 "Choose another folder."
             )
 
+    def tokenizer_or(self, base_folder: Path) -> Path:
+        """The folder of the tokenizer that goes with the trained model: the run's own, else the base's."""
+        return self.tokenizer if self.tokenizer.is_dir() else base_folder
+
     def check_unfinished(self) -> None:
         """A run without a checkpoint may begin anew only as long as it has no result.
 
@@ -87,14 +93,14 @@ class OutputFolder:
                 )
 
     def _looks_like_ours(self) -> bool:
-        known = {self.adapter.name, self.merged.name}
+        known = {self.adapter.name, self.merged.name, self.tokenizer.name}
         return all(entry.name in known or entry.name.startswith("checkpoint-") for entry in self.path.iterdir())
 
     def create(self, resolved: dict[str, Any], *, resume: str | None) -> None:
         """Make the folder and write resolved_config.json (rank 0 only). An old run's files go, unless it goes on."""
         try:
             if self.path.exists() and not self.goes_on(resume):
-                for entry in (self.resolved_config, self.metrics, self.adapter, self.merged):
+                for entry in (self.resolved_config, self.metrics, self.adapter, self.merged, self.tokenizer):
                     _remove(entry)
                 for entry in self.path.glob("checkpoint-*"):
                     _remove(entry)

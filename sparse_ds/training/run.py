@@ -30,6 +30,7 @@ from sparse_ds.config.errors import STOPPED_EXIT_CODE, RunStoppedError
 from sparse_ds.config.methods import all_methods
 from sparse_ds.data import DataBundle, SamplePrompt, build_datasets
 from sparse_ds.data.fingerprint import dataset_fingerprint
+from sparse_ds.data.named_templates import exported_template
 from sparse_ds.distributed import process_group
 from sparse_ds.distributed.launch_environment import LaunchEnvironment
 from sparse_ds.distributed.watchdog import Watchdog
@@ -38,6 +39,7 @@ from sparse_ds.drop_grow.estimation import EstimationPhase
 from sparse_ds.drop_grow.event import EventRecord
 from sparse_ds.drop_grow.weight_states import WeightStates
 from sparse_ds.export.merged import merge_adapter
+from sparse_ds.export.tokenizer_folder import write_tokenizer
 from sparse_ds.model.base_checkpoint import BaseCheckpoint
 from sparse_ds.model.build import read_architecture
 from sparse_ds.model.classification_head import Classification, find_label_word_ids
@@ -205,6 +207,8 @@ class _Training:
         with process_group.agreement("making the output folder"):
             if self.is_main:
                 self.output.create(config.to_dict(), resume=config.checkpoint.resume)
+                if (chat_template := exported_template(self.tokenizer, config.data.template)) is not None:
+                    write_tokenizer(self.base_folder, self.output.tokenizer, chat_template)
                 if config.checkpoint.resume is not None:
                     # In a folder of its own there is nothing of the kind. Without a checkpoint all is written again.
                     step = -1 if self.resumed is None else self.resumed.index.step
@@ -489,7 +493,14 @@ class _Training:
                     f"{self.index_hash}: this is a defect, please report it"
                 )
         elif self.config.export.merged:
-            save_dense_model(self.config, self.prepared, self.output.merged, self.base_folder, self.device)
+            save_dense_model(
+                self.config,
+                self.prepared,
+                self.output.merged,
+                self.base_folder,
+                self.device,
+                tokenizer_folder=self.output.tokenizer_or(self.base_folder),
+            )
 
     def _say_start(self, plan: Any) -> None:
         if not self.is_main:
@@ -523,6 +534,7 @@ def _merge_and_report(
                 base_folder,
                 output.adapter,
                 output.merged,
+                tokenizer=output.tokenizer_or(base_folder),
                 dtype=config.export.merged_dtype,
                 max_shard_size=config.export.max_shard_size,
                 device=device.type,

@@ -66,7 +66,13 @@ def save_deltas(
 
 
 def save_dense_model(
-    config: RunConfig, prepared: PreparedModel, folder: Path, base_folder: Path, device: torch.device
+    config: RunConfig,
+    prepared: PreparedModel,
+    folder: Path,
+    base_folder: Path,
+    device: torch.device,
+    *,
+    tokenizer_folder: Path,
 ) -> None:
     """Write a fully trained model (method `full`).
 
@@ -86,7 +92,7 @@ def save_dense_model(
                 tensors,
                 tensors.__getitem__,
                 base_folder=base_folder,
-                tokenizer_folder=base_folder,
+                tokenizer_folder=tokenizer_folder,
                 model_card=dense_model_card(config.model.name_or_path, task=config.model.task),
                 config_changes={}
                 if classification is None
