@@ -119,10 +119,12 @@ class DataConfig(_Section):
     sequence_length: Annotated[int, Field(ge=2)] = 2048
     """The longest sample, in tokens."""
     truncate: bool = True
-    """Samples above `data.sequence_length` lose their end; false: they are bad rows (`data.on_bad_row`)."""
+    """Samples above `data.sequence_length` lose their end, and those that lose all that could be learned are left out
+    and counted; false: samples above it are bad rows (`data.on_bad_row`)."""
     on_bad_row: Literal["error", "skip"] = "error"
     """A row that cannot be used (broken, without a field, refused by the template, nothing to learn): `error` ends the
-    run before training, `skip` leaves such rows out, counts them and names the first."""
+    run before training, `skip` leaves such rows out, counts them and names the first. With `data.streaming` a row is
+    found bad when it is read, in the middle of the run."""
     streaming: bool = False
     """Read and tokenize the training data while training, in the order of the source but for `data.shuffle_buffer`,
     instead of before; needs `train.max_steps`. The end of a source is followed by its beginning."""

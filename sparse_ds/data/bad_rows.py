@@ -1,7 +1,8 @@
 """Rows that cannot be used: the first one ends the run, or all of them are left out and counted.
 
 A row is bad if it cannot be read (broken JSON, not UTF-8), has not the fields of its format, is refused by the chat
-template, or leaves nothing to learn. Which of the two happens is `data.on_bad_row`.
+template, or holds nothing to learn. Which of the two happens is `data.on_bad_row`. A sample of which nothing is left to
+learn once it is cut to `data.sequence_length` is left out in any case: that it is cut was asked for.
 """
 
 from __future__ import annotations
@@ -16,12 +17,17 @@ OnBadRow = Literal["error", "skip"]
 T = TypeVar("T")
 
 
+class NothingLeftError(UserError):
+    """A sample has been cut, and what is left of it is prompt."""
+
+
 class BadRows:
     """Takes the mistakes of one source's rows.
 
     Args:
         field: the config field that the source comes from, for messages.
-        on_bad_row: `error`: the first ends it; `skip`: they are left out and counted.
+        on_bad_row: `error`: the first ends it; `skip`: they are left out and counted. Samples of which nothing is left
+            are always left out and counted.
 
     Attributes:
         first: what is wrong with the first row that was left out; None if there is none.
@@ -44,7 +50,7 @@ class BadRows:
         Raises:
             UserError: `error`, unless bad rows are skipped.
         """
-        if self.on_bad_row == "error":
+        if self.on_bad_row == "error" and not isinstance(error, NothingLeftError):
             raise UserError(f"{error} (data.on_bad_row skip leaves such rows out.)")
         if self.first is None or number < self._first:
             self._first, self.first = number, str(error)
@@ -70,7 +76,5 @@ class BadRows:
         """
         if not self._numbers:
             return None
-        return (
-            f"{self.field}: {len(self._numbers):,} of {num_samples + len(self._numbers):,} rows are left out "
-            f"(data.on_bad_row skip). The first: {self.first}"
-        )
+        num_all = num_samples + len(self._numbers)
+        return f"{len(self._numbers):,} of {num_all:,} rows are left out. The first: {self.first}"

@@ -405,4 +405,4 @@ def _log(data: TokenizedData, bad_rows: BadRows, sequence_length: int) -> None:
         )
     left_out = bad_rows.describe(len(data.dataset))
     if left_out:
-        _logger.warning("%s", left_out)
+        _logger.warning("%s: %s", bad_rows.field, left_out)

@@ -8,7 +8,7 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from sparse_ds.config.errors import UserError
-from sparse_ds.data.bad_rows import BadRows, OnBadRow
+from sparse_ds.data.bad_rows import BadRows, NothingLeftError, OnBadRow
 from sparse_ds.data.formats import choose_format
 from sparse_ds.data.reading import Row
 from sparse_ds.data.samples import Sample
@@ -124,8 +124,10 @@ class SampleReader:
                 "sample, or set data.truncate to true."
             )
         if result.num_trained_tokens == 0:
-            return UserError(
-                f"{location}: nothing to learn is left within data.sequence_length = {length} tokens. Raise it, "
-                "shorten the prompt or remove the sample."
-            )
+            if result.is_truncated:
+                return NothingLeftError(
+                    f"{location}: nothing to learn is left within data.sequence_length = {length} tokens. Raise it, or "
+                    "shorten the prompt."
+                )
+            return UserError(f"{location}: there is nothing to learn in the sample. Remove it.")
         return result

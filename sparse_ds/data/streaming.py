@@ -69,9 +69,7 @@ class StreamBadRows(BadRows):
         super().refuse(number, error)
         count = len(self._numbers)
         if count == 10 ** (len(str(count)) - 1):
-            _logger.warning(
-                "%s: rows left out so far (data.on_bad_row skip): %d; this one: %s", self.field, count, error
-            )
+            _logger.warning("%s: rows left out so far: %d. This one: %s", self.field, count, error)
 
 
 _Drawn = tuple[SampleReader, int, Sample]

@@ -95,9 +95,7 @@ def test_truncated_and_dropped_samples_are_counted_and_said_once(
     long_prompt = {"prompt": "Q" * 10, "completion": "x"}
     path = write_jsonl(long_prompt, *rows("x", "x" * 20), long_prompt)
     with caplog.at_level(logging.INFO, "sparse_ds.data"):
-        data = build_dataset(
-            path, tokenizer, sequence_length=8, on_bad_row="skip", num_sample_prompts=1, show_progress=True
-        )
+        data = build_dataset(path, tokenizer, sequence_length=8, num_sample_prompts=1, show_progress=True)
     assert (len(data.dataset), data.num_truncated, data.num_dropped) == (2, 1, 2)
     assert data.dropped_rows == (0, 3)
     assert [data.row_of(sample) for sample in range(2)] == [1, 2]
@@ -107,8 +105,8 @@ def test_truncated_and_dropped_samples_are_counted_and_said_once(
     assert "2 samples, format prompt_completion (detected), 12 tokens, 8 of them trained (67%)" in said[0]
     assert said[1] == "data.train: 1 of 2 samples are longer than data.sequence_length = 8 tokens and lose their end"
     assert said[2] == (
-        f"data.train: 2 of 4 rows are left out (data.on_bad_row skip). The first: {path}, line 1: nothing to learn is "
-        "left within data.sequence_length = 8 tokens. Raise it, shorten the prompt or remove the sample."
+        f"data.train: 2 of 4 rows are left out. The first: {path}, line 1: nothing to learn is left within "
+        "data.sequence_length = 8 tokens. Raise it, or shorten the prompt."
     )
 
 
@@ -126,12 +124,8 @@ def test_other_ranks_are_silent(
 
 def test_no_usable_sample(write_jsonl: Writer, tokenizer: PreTrainedTokenizerFast) -> None:
     path = write_jsonl({"prompt": "Q" * 10, "completion": "x"})
-    with pytest.raises(
-        UserError, match=r"rows\.jsonl, line 1: nothing to learn is left .*data\.on_bad_row skip leaves"
-    ):
+    with pytest.raises(UserError, match=r"data\.train: no usable sample in .*: 1 of 1 rows are left out\. .* Raise it"):
         build_dataset(path, tokenizer, sequence_length=8)
-    with pytest.raises(UserError, match=r"data\.train: no usable sample in .*1 of 1 rows are left out .* Raise it"):
-        build_dataset(path, tokenizer, sequence_length=8, on_bad_row="skip")
 
 
 def test_bad_row_far_down_names_its_line(write_jsonl: Writer, tokenizer: PreTrainedTokenizerFast) -> None:
