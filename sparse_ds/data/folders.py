@@ -6,6 +6,7 @@ Files and folders are told apart by their names as `datasets` does it for the hu
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from datasets.data_files import DEFAULT_PATTERNS_ALL, DataFilesDict, EmptyDatasetError, get_data_patterns
@@ -52,12 +53,16 @@ def find_files(folder: Path, field: str, split: str) -> list[Path]:
 
 def _matching(folder: Path, patterns: dict[str, list[str]]) -> dict[str, list[Path]]:
     """Split -> its data files, sorted; splits without any are left out."""
+    absolute = Path(os.path.abspath(folder))
     try:
-        found = DataFilesDict.from_patterns(patterns, base_path=str(folder))
+        found = DataFilesDict.from_patterns(patterns, base_path=str(absolute))
     except (EmptyDatasetError, FileNotFoundError):
         return {}
+    # In the result they are as the user names the folder.
     splits = {
-        str(split): sorted(path for path in map(Path, files) if path.suffix.lower() in KNOWN_SUFFIXES)
+        str(split): sorted(
+            folder / path.relative_to(absolute) for path in map(Path, files) if path.suffix.lower() in KNOWN_SUFFIXES
+        )
         for split, files in found.items()
     }
     return {split: files for split, files in splits.items() if files}

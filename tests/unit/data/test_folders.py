@@ -49,3 +49,11 @@ def test_files_of_no_split_among_others_are_not_left_out_silently(tmp_path: Path
 def test_no_data(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"data\.train: the folder .* holds no data: no file with a suffix of \.jsonl"):
         found(make(tmp_path, "README.md", "notes.doc"), "train")
+
+
+def test_files_are_named_as_the_folder_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(tmp_path, "data/a.jsonl")
+    (tmp_path / "link").symlink_to(tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    for folder in (Path("data"), Path("link"), tmp_path / "link", Path("data/../link")):
+        assert find_files(folder, "data.train", "train") == [folder / "a.jsonl"]
