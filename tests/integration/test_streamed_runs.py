@@ -30,6 +30,7 @@ SETTINGS = (
     "train.global_batch_size=8",
     "train.cpu_threads=1",
     "checkpoint.interval_steps=2",
+    "checkpoint.keep=5",
     "monitor.progress_bar=false",
     "monitor.num_sample_prompts=0",
 )
