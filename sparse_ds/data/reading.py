@@ -153,9 +153,10 @@ def read_csv(path: Path, *, keep_broken: bool = False) -> Iterator[Row]:
                     "Put fields that hold separators or line ends in double quotes."
                 )
         except csv.Error as error:
+            swallowed = f", with all lines up to {reader.line_num}" if reader.line_num > line else ""
             broken = UserError(
-                f"{location}: broken record: {error}. Expected fields as in RFC 4180: a field that holds quotes, "
-                "separators or line ends stands in double quotes, and quotes inside it are doubled."
+                f"{location}: broken record{swallowed}: {error}. Expected fields as in RFC 4180: a field that holds "
+                "quotes, separators or line ends stands in double quotes, and quotes inside it are doubled."
             )
             yield _broken_row(broken, location, keep_broken and header is not None)
         except UserError as error:
