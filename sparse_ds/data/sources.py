@@ -45,7 +45,7 @@ class RowSource:
         name: what the user gave, for messages.
         field: the config field that gave it, for messages.
         open_rows: starts one pass over the rows.
-        files: the files that hold them, where they are files.
+        contents: files that hold the rows, and texts that tell which of their rows are meant; empty: not known.
 
     Attributes:
         first: the first row that can be read.
@@ -54,8 +54,8 @@ class RowSource:
         UserError: there is no row at all, or none can be read.
     """
 
-    def __init__(self, name: str, field: str, open_rows: OpenRows, files: Sequence[Path] = ()) -> None:
-        self.name, self.files = name, tuple(files)
+    def __init__(self, name: str, field: str, open_rows: OpenRows, contents: Sequence[Path | str] = ()) -> None:
+        self.name, self.contents = name, tuple(contents)
         self._open_rows = open_rows
         broken = None
         for row in self.with_broken():
@@ -82,7 +82,7 @@ class TextSource:
     """
 
     def __init__(self, name: str, field: str, *paths: Path) -> None:
-        self.name, self.files = name, paths
+        self.name = name
         self.texts = tuple(map(read_text, paths))
         for path, text in zip(paths, self.texts, strict=True):
             if not text.strip():
@@ -206,7 +206,10 @@ def _dataset_rows(dataset: Any, name: str, field: str) -> RowSource:
         for number, fields in enumerate(dataset, start=1):
             yield Row(fields, f"{name}, row {number}")
 
-    return RowSource(name, field, rows)
+    contents: list[Path | str] = []
+    if isinstance(dataset, datasets.Dataset):
+        contents = [*(Path(file["filename"]) for file in dataset.cache_files), dataset._fingerprint]
+    return RowSource(name, field, rows, contents)
 
 
 def _is_hub_name(name: str) -> bool:

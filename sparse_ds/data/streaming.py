@@ -143,8 +143,9 @@ class StreamedDataset(Dataset[dict[str, list[int]]]):
         settings = [self._global_batch_size, self._shuffle_buffer, self._seed]
         digest = hashlib.sha256(json.dumps(settings).encode())
         for each in self._sources:
-            files = each.source.files
-            digest.update(json.dumps([each.weight, [] if files else each.source.name, len(files)]).encode())
+            files = [content for content in each.source.contents if isinstance(content, Path)]
+            texts = [content for content in each.source.contents if isinstance(content, str)]
+            digest.update(json.dumps([each.weight, texts if files else each.source.name, len(files)]).encode())
             for path in files:
                 digest.update(_ends_of(path))
         for _, encoded in islice(self.first_samples(), _FINGERPRINT_SAMPLES):

@@ -178,7 +178,7 @@ def test_folder_of_files_in_the_order_of_their_names(write_jsonl: Callable[..., 
         f"{tmp_path / 'b.jsonl'}, line 1",
         f"{tmp_path / 'b.jsonl'}, line 2",
     ]
-    assert source.files == (tmp_path / "a.csv", tmp_path / "b.jsonl")
+    assert source.contents == (tmp_path / "a.csv", tmp_path / "b.jsonl")
 
 
 def test_folder_of_texts(tmp_path: Path) -> None:
