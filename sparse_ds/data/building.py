@@ -259,9 +259,10 @@ def _build_labeled(
             sample_prompts=[],
             labels=read.labels,
             dropped_rows=tuple(bad_rows.numbers),
+            left_out=bad_rows.describe(len(read.dataset)),
         )
         if show_progress:
-            _log(data, bad_rows, encoder.sequence_length)
+            _log(data, field, encoder.sequence_length)
         return data
 
     train_data = tokenize(train_source, data_config.labels, None, "data.train")
@@ -380,9 +381,10 @@ def _tokenize_source(
         num_dropped=len(bad_rows.numbers),
         sample_prompts=sample_prompts,
         dropped_rows=tuple(bad_rows.numbers),
+        left_out=bad_rows.describe(sum(map(len, chunks))),
     )
     if show_progress:
-        _log(data, bad_rows, encoder.sequence_length)
+        _log(data, field, encoder.sequence_length)
         if reader.ignores_template:
             _logger.warning("%s: data.template has no effect on %s: its format is text", field, source.name)
     return data
@@ -393,16 +395,15 @@ def _arrow_chunk(encoded: list[EncodedSample]) -> Dataset:
     return Dataset.from_dict(columns, features=_FEATURES)
 
 
-def _log(data: TokenizedData, bad_rows: BadRows, sequence_length: int) -> None:
-    _logger.info("%s: %s", bad_rows.field, data.describe())
+def _log(data: TokenizedData, field: str, sequence_length: int) -> None:
+    _logger.info("%s: %s", field, data.describe())
     if data.num_truncated:
         _logger.warning(
             "%s: %d of %d samples are longer than data.sequence_length = %d tokens and lose their end",
-            bad_rows.field,
+            field,
             data.num_truncated,
             len(data.dataset),
             sequence_length,
         )
-    left_out = bad_rows.describe(len(data.dataset))
-    if left_out:
-        _logger.warning("%s: %s", bad_rows.field, left_out)
+    if data.left_out:
+        _logger.warning("%s: %s", field, data.left_out)

@@ -26,6 +26,7 @@ class TokenizedData:
         sample_prompts: the prompts of the first samples; none for a classification.
         labels: of a classification, in the order of their numbers; else None.
         dropped_rows: rows of the source that were left out, ascending, counted from 0.
+        left_out: how many rows were left out, and why the first of them; None for none.
     """
 
     dataset: Dataset
@@ -39,6 +40,7 @@ class TokenizedData:
     sample_prompts: list[SamplePrompt]
     labels: tuple[str, ...] | None = None
     dropped_rows: tuple[int, ...] = ()
+    left_out: str | None = None
 
     def row_of(self, sample: int) -> int | str:
         """The row of the source from which a sample of `dataset` was made, both counted from 0; as text where a number
