@@ -4,11 +4,12 @@ reading         files -> rows with their line numbers      formats         rows 
 sources         names -> files, folders, hub data sets     templates       the text around a sample
 tokenization    samples -> ids and labels                  sample_prompts  what to ask before and after training
 classification  labeled texts -> ids and numbers           collation       ids -> padded micro batches
+packing         several samples to one row                 token_cache     tokenized once, kept on disk
 building        all of it: the entry points
 """
 
 from sparse_ds.data.building import DataBundle, DataSettings, TokenizedData, build_dataset, build_datasets
-from sparse_ds.data.collation import CausalCollator, ClassificationCollator
+from sparse_ds.data.collation import CausalCollator, ClassificationCollator, PackedCollator
 from sparse_ds.data.sample_prompts import SamplePrompt, build_prompt
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "ClassificationCollator",
     "DataBundle",
     "DataSettings",
+    "PackedCollator",
     "SamplePrompt",
     "TokenizedData",
     "build_dataset",
