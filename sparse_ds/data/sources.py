@@ -16,7 +16,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,14 +38,18 @@ class RowSource:
         name: what the user gave, for messages.
         field: the config field that gave it, for messages.
         open_rows: starts one pass over the rows.
+        contents: files that hold the rows, and texts that tell which of their rows are meant; empty: not known.
 
     Raises:
         UserError: there is no row at all, or the first cannot be read.
     """
 
-    def __init__(self, name: str, field: str, open_rows: Callable[[], Iterator[Row]]) -> None:
+    def __init__(
+        self, name: str, field: str, open_rows: Callable[[], Iterator[Row]], contents: Sequence[Path | str] = ()
+    ) -> None:
         self.name = name
         self._open_rows = open_rows
+        self.contents = tuple(contents)
         first = next(iter(self), None)
         if first is None:
             raise UserError(f"{field}: {name} is empty: it holds no sample. Give a file with at least one.")
@@ -119,7 +123,7 @@ def _open_file(path: Path, field: str) -> RowSource | TextSource:
         raise UserError(
             f"{field}: {path} has the suffix {suffix or 'none'!r}, expected one of {_KNOWN}. Convert or rename it."
         )
-    return RowSource(str(path), field, lambda: reader(path))
+    return RowSource(str(path), field, lambda: reader(path), [path])
 
 
 def _open_folder(path: Path, field: str, split: str) -> RowSource:
@@ -162,7 +166,8 @@ def _dataset_rows(dataset: Any, name: str, field: str) -> RowSource:
         for number, fields in enumerate(dataset, start=1):
             yield Row(fields, f"{name}, row {number}")
 
-    return RowSource(name, field, rows)
+    files = [Path(file["filename"]) for file in dataset.cache_files]
+    return RowSource(name, field, rows, [*files, dataset._fingerprint])
 
 
 def _is_hub_name(name: str) -> bool:

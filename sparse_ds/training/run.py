@@ -31,6 +31,7 @@ from sparse_ds.config.methods import all_methods
 from sparse_ds.data import DataBundle, SamplePrompt, build_datasets
 from sparse_ds.data.fingerprint import dataset_fingerprint
 from sparse_ds.data.packing import PackedDataset
+from sparse_ds.data.token_cache import default_folder
 from sparse_ds.distributed import process_group
 from sparse_ds.distributed.launch_environment import LaunchEnvironment
 from sparse_ds.distributed.watchdog import Watchdog
@@ -172,7 +173,7 @@ class _Training:
 
     def carry_out(self) -> RunSummary:
         config = self.config
-        with process_group.agreement("reading the data"):
+        with process_group.agreement("reading the data", is_long=True):
             plan = config.batch_plan(self.launch.world_size)
             checkpoint = BaseCheckpoint(self.base_folder)
             read_architecture(checkpoint)
@@ -184,6 +185,8 @@ class _Training:
                 task=config.model.task,
                 num_sample_prompts=config.monitor.num_sample_prompts,
                 show_progress=self.is_main,
+                cache_folder=self._cache_folder(),
+                show_bar=self.launch.rank == self.launch.local_rank,
             )
             self.rows = order_rows(config, self.data, plan.global_batch_size)
             sampler = self.rows.sampler
@@ -226,6 +229,13 @@ class _Training:
         self._save()
         self.log.close()
         return summary
+
+    def _cache_folder(self) -> Path | None:
+        """Of tokenized data; None: nothing is kept."""
+        data = self.config.data
+        if not data.cache:
+            return None
+        return default_folder() if data.cache_dir is None else Path(data.cache_dir)
 
     def _plan_classification(self) -> Classification | None:
         """What the model has to know of the labels; None for a language model."""
