@@ -99,7 +99,7 @@ class TokenCache:
         parts = {"source": source_fingerprint(source), **self.common, **settings}
         key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:KEY_CHARACTERS]
         entry, failed = self.folder / key, self.folder / f"{key}.failed"
-        found = _find(entry, kind)
+        found = _find(entry, kind, says_damage=False)
         if found is not None:
             return found, False
         failure_before = _read_failure(failed)
@@ -108,7 +108,7 @@ class TokenCache:
             logger.warning("%s: waiting for %s to tokenize %s", socket.gethostname(), other, field)
 
         with turn(self.folder, key, say_waiting) as has_waited:
-            found = _find(entry, kind)
+            found = _find(entry, kind, says_damage=True)
             if found is not None:
                 return found, False
             failure = _read_failure(failed)
@@ -206,14 +206,15 @@ def _file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _find(entry: Path, kind: type[Tokenized]) -> Tokenized | None:
+def _find(entry: Path, kind: type[Tokenized], *, says_damage: bool) -> Tokenized | None:
     """The entry, or None if it is missing or has to be made again."""
     try:
         return _read_entry(entry, kind)
     except FileNotFoundError:
         return None
     except (_DamagedError, OSError) as error:
-        logger.warning("%s: %s is damaged (%s) and will be made again", socket.gethostname(), entry, error)
+        if says_damage:
+            logger.warning("%s: %s is damaged (%s) and will be made again", socket.gethostname(), entry, error)
         return None
 
 
