@@ -157,7 +157,7 @@ class _Keeping:
         data, is_made_here = self.cache.get(source, settings, TokenizedData, lambda: make(self.show_bar), field=field)
         data = replace(data, source=source.name)
         if self.show_progress and not is_made_here:
-            _logger.info("%s: tokenized before, read from %s", field, self.cache.folder)
+            _logger.info("%s: tokens read from %s", field, self.cache.folder)
             _log(data, field, self.sequence_length)
         return data
 
