@@ -31,6 +31,7 @@ import datasets
 import pyarrow  # type: ignore[import-untyped]
 from datasets import Dataset
 from pydantic import TypeAdapter
+from transformers import AddedToken
 
 from sparse_ds.config.errors import UserError
 from sparse_ds.data.sources import RowSource, TextSource
@@ -161,15 +162,20 @@ def describe_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     settings = {
         name: value
         for name, value in tokenizer.init_kwargs.items()
-        if isinstance(value, str | bool | int) and name not in ("name_or_path", *tokenizer.vocab_files_names)
+        if name not in ("name_or_path", *tokenizer.vocab_files_names)
     }
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     described = [type(tokenizer).__name__, state, settings, special, tokenizer.chat_template]
     return {
-        "tokenizer": hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest(),
+        "tokenizer": hashlib.sha256(json.dumps(described, sort_keys=True, default=_plain).encode()).hexdigest(),
         "code": _code_fingerprint(),
         "libraries": " ".join(f"{name} {version(name)}" for name in _LIBRARIES),
     }
+
+
+def _plain(value: object) -> str:
+    """Of what JSON has no word for; the text of other objects may hold an address, which is another in every process."""
+    return repr(value) if isinstance(value, AddedToken) else type(value).__name__
 
 
 def _vocabulary_files(tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, Path]]:
