@@ -174,7 +174,7 @@ def describe_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
 
 
 def _plain(value: object) -> str:
-    """Of what JSON has no word for; the text of other objects may hold an address, which is another in every process."""
+    """What JSON has no word for. The text of most objects holds an address, which is another in every process."""
     return repr(value) if isinstance(value, AddedToken) else type(value).__name__
 
 
