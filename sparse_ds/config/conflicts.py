@@ -91,6 +91,8 @@ def find_warnings(sections: Mapping[str, Any]) -> list[str]:
             f"No drop-and-grow event will happen: the first is at step {method.estimation_steps} "
             f"(method.estimation_steps) and train.max_steps is {train.max_steps}."
         )
+    if not data.cache and data.cache_dir is not None:
+        found.append("data.cache_dir has no effect: data.cache is false.")
     if data.eval is None:
         if train.eval_interval_steps is not None:
             found.append("train.eval_interval_steps has no effect: data.eval is null.")
@@ -157,6 +159,11 @@ def _task_conflicts(model: ModelConfig, data: DataConfig | None) -> Iterator[str
     if data is not None and data.format != "auto" and is_classification != (data.format == "classification"):
         expected = "auto or classification" if is_classification else "another one"
         yield f"data.format: got {data.format}, expected {expected} with model.task {model.task}."
+    if data is not None and data.packing and is_classification:
+        yield (
+            "data.packing: got true, expected false with model.task sequence_classification, which reads the last "
+            "token of a row."
+        )
     if model.head_initialization == "label_words" and is_classification and model.label_words is None:
         yield "model.label_words: missing, and model.head_initialization label_words needs a word per label. Give them."
     labels = None if data is None else data.labels
@@ -229,6 +236,7 @@ def _path_conflicts(
         "model.name_or_path": model and model.name_or_path,
         **(dict(data_sources(data)) if data is not None else {}),
         "data.template": data and data.template,
+        "data.cache_dir": data and data.cache_dir,
         "train.output_dir": train and train.output_dir,
         "checkpoint.resume": checkpoint and checkpoint.resume,
     }

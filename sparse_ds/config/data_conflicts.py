@@ -42,6 +42,8 @@ def find_data_conflicts(data: DataConfig, model: ModelConfig | None, train: Trai
             "train.max_steps: missing, and data.streaming needs it: how many samples a stream has is not known before "
             "its end. Give it."
         )
+    if data.packing:
+        yield "data.packing: got true with data.streaming: rows are packed before training. Set one of them to false."
     if is_classification:
         yield "data.streaming: got true with model.task sequence_classification, whose data is read before. Remove it."
 

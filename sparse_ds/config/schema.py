@@ -132,6 +132,15 @@ class DataConfig(_Section):
     """With `data.streaming`: each sample is drawn from the next so many rows of its source; 1: its order stays."""
     num_eval_samples: PositiveInt | None = None
     """At most so many samples of `data.eval` are used; null: all."""
+    packing: bool = False
+    """Put several training samples into one row of `data.sequence_length` tokens; no sample is cut, and none sees
+    another. Batch sizes then count rows. `causal_lm` only."""
+    cache: bool = True
+    """Keep the tokenized data on disk: one process of each machine makes it, the others and later runs read it. false:
+    every process tokenizes for itself, in memory."""
+    cache_dir: Text | None = None
+    """The folder for tokenized data, about 8 bytes a token; null: `sparse_ds` in the cache folder of `datasets`
+    (HF_DATASETS_CACHE). A relative path is relative to the working directory."""
 
 
 class MethodConfig(_Section):

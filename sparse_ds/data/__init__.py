@@ -8,13 +8,14 @@ named_templates chat templates by name or from a file      bad_rows        rows 
 tokenization    samples -> ids and labels                  sample_reader   a source's rows -> tokenized samples
 classification  labeled texts -> ids and numbers           mixture         several sources in one training set
 streaming       data read while it is used                 row_stream      the order of a stream's rows
+packing         several samples to one row                 token_cache     tokenized once, kept on disk
 collation       ids -> padded micro batches                sample_prompts  what to ask before and after training
 tokenized       one source, tokenized                      fingerprint     a sha256 of the samples
 building        all of it: the entry points
 """
 
 from sparse_ds.data.building import DataBundle, DataSettings, build_dataset, build_datasets
-from sparse_ds.data.collation import CausalCollator, ClassificationCollator
+from sparse_ds.data.collation import CausalCollator, ClassificationCollator, PackedCollator
 from sparse_ds.data.sample_prompts import SamplePrompt, build_prompt
 from sparse_ds.data.tokenized import TokenizedData
 
@@ -23,6 +24,7 @@ __all__ = [
     "ClassificationCollator",
     "DataBundle",
     "DataSettings",
+    "PackedCollator",
     "SamplePrompt",
     "TokenizedData",
     "build_dataset",

@@ -1,24 +1,26 @@
 """From what the config names to what the trainer takes: the package's entry points.
 
-    open_source -> SampleReader: Format.to_sample -> SampleEncoder -> in-memory Dataset -> mix, of several sources
+    open_source -> SampleReader: Format.to_sample -> SampleEncoder -> Dataset -> mix, of several sources
                                                                       [input_ids, labels] int32
 
-Rows are read, checked and tokenized 1000 at a time and kept as Arrow arrays: 8 bytes a token. Every rank does the same
-work on the same files and gets the same bytes; nothing is cached on disk. A mistake in any row ends it before training,
-unless bad rows are skipped. With `data.streaming` only the held-out data goes this way; see `streaming`.
+Rows are read, checked and tokenized 1000 at a time and kept as Arrow arrays: 8 bytes a token. Every rank gets the same
+bytes: of each machine one does the work, and the others read it (`token_cache`), or without a folder for that all do
+it. A mistake in any row ends it before training, unless bad rows are skipped. With `data.streaming` only the held-out
+data goes this way; see `streaming`.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from datasets import Dataset, Features, List, Value, concatenate_datasets
 from datasets.utils import tqdm
+from pydantic import BaseModel
 
 from sparse_ds.config.errors import UserError
 from sparse_ds.data.bad_rows import BadRows, OnBadRow
@@ -30,6 +32,7 @@ from sparse_ds.data.sample_prompts import SamplePrompt, prompt_of_sample, prompt
 from sparse_ds.data.sample_reader import SampleReader, SampleRules
 from sparse_ds.data.sources import RowSource, TextSource, open_source
 from sparse_ds.data.streaming import StreamBadRows, StreamedData, StreamedDataset, StreamSource, open_stream
+from sparse_ds.data.token_cache import TokenCache, describe_tokenizer
 from sparse_ds.data.tokenization import EncodedSample, SampleEncoder
 from sparse_ds.data.tokenized import TokenizedData
 
@@ -93,6 +96,41 @@ class DataBundle:
     eval_data: TokenizedData | None
 
 
+@dataclass(frozen=True)
+class _Keeping:
+    """Tokenized data from the cache or made here, said once."""
+
+    cache: TokenCache | None
+    show_progress: bool
+    show_bar: bool
+    sequence_length: int
+
+    def get(
+        self,
+        source: RowSource | TextSource,
+        settings: Mapping[str, Any],
+        make: Callable[[bool], TokenizedData],
+        field: str,
+    ) -> TokenizedData:
+        """`make` takes whether to show a bar and to log what was read; `settings` are parts of the key."""
+        if self.cache is None:
+            return make(self.show_progress)
+        data, is_made_here = self.cache.get(source, settings, TokenizedData, lambda: make(self.show_bar), field=field)
+        data = replace(data, source=source.name)
+        if self.show_progress and not is_made_here:
+            _logger.info("%s: tokens read from %s", field, self.cache.folder)
+            _log(data, field, self.sequence_length)
+        return data
+
+
+def _key_parts(data_config: DataSettings, tokenizer: PreTrainedTokenizerBase, task: str) -> dict[str, Any]:
+    """Of every key of a run; all settings but those that no token depends on, so that a new one is not forgotten."""
+    settings = data_config.model_dump(mode="json") if isinstance(data_config, BaseModel) else vars(data_config)
+    free = ("train", "eval", "num_eval_samples", "packing", "cache", "cache_dir", "streaming", "shuffle_buffer")
+    settings = {name: value for name, value in settings.items() if name not in free}
+    return {"task": task, "settings": settings, **describe_tokenizer(tokenizer)}
+
+
 def build_datasets(
     data_config: DataSettings,
     tokenizer: PreTrainedTokenizerBase,
@@ -102,6 +140,8 @@ def build_datasets(
     global_batch_size: int = 1,
     num_sample_prompts: int = 1,
     show_progress: bool = False,
+    cache_folder: Path | None = None,
+    show_bar: bool | None = None,
 ) -> DataBundle:
     """Read and tokenize the training and the held-out data.
 
@@ -114,10 +154,20 @@ def build_datasets(
         global_batch_size: samples of one optimizer step over all ranks; a stream hands them out step by step.
         num_sample_prompts: how many prompts to keep for showing answers.
         show_progress: true on the one rank that shows a progress bar and logs what was read.
+        cache_folder: where tokenized data is kept and looked for (`token_cache`); None: nowhere.
+        show_bar: true on the ranks that show a progress bar if it is their turn to tokenize; None: as `show_progress`.
 
     Raises:
         UserError: anything wrong with the data; names the file, the line and the field.
     """
+    if task != "sequence_classification":
+        use_template(tokenizer, data_config.template)
+    keeping = _Keeping(
+        None if cache_folder is None else TokenCache(cache_folder, _key_parts(data_config, tokenizer, task)),
+        show_progress=show_progress,
+        show_bar=show_progress if show_bar is None else show_bar,
+        sequence_length=data_config.sequence_length,
+    )
     encoder = SampleEncoder(tokenizer, data_config.sequence_length)
     pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     streaming = data_config.streaming
@@ -127,12 +177,31 @@ def build_datasets(
         train_source = open_source(data_config.train, field="data.train", split="train")
         if data_config.eval:
             eval_source = open_source(data_config.eval, field="data.eval", split="validation")
-        return _build_labeled(data_config, encoder, train_source, eval_source, pad_token_id, show_progress)
-    use_template(tokenizer, data_config.template)
+        return _build_labeled(data_config, encoder, train_source, eval_source, pad_token_id, keeping)
     rules = SampleRules(data_config.format, data_config.template, data_config.truncate, data_config.on_bad_row)
     opened = _open_training_sources(data_config, rules)
     if data_config.eval:
         eval_source = open_source(data_config.eval, field="data.eval", split="validation", streaming=streaming)
+
+    def tokenize(
+        source: RowSource | TextSource, rules: SampleRules, max_samples: int | None, num_prompts: int, field: str
+    ) -> TokenizedData:
+        return keeping.get(
+            source,
+            {"rules": asdict(rules), "max_samples": max_samples, "num_sample_prompts": num_prompts},
+            lambda shows: _tokenize_source(
+                source,
+                tokenizer,
+                encoder,
+                rules=rules,
+                max_samples=max_samples,
+                num_sample_prompts=num_prompts,
+                field=field,
+                show_progress=shows,
+            ),
+            field,
+        )
+
     num_prompts = 0 if eval_source else num_sample_prompts
     train_data: TokenizedData | StreamedData
     if streaming:
@@ -148,19 +217,7 @@ def build_datasets(
         if show_progress:
             _logger.info("data.train: %s", train_data.describe())
     else:
-        parts = [
-            _tokenize_source(
-                each.source,
-                tokenizer,
-                encoder,
-                rules=each.rules,
-                max_samples=None,
-                num_sample_prompts=num_prompts,
-                field=each.field,
-                show_progress=show_progress,
-            )
-            for each in opened
-        ]
+        parts = [tokenize(each.source, each.rules, None, num_prompts, each.field) for each in opened]
         train_data = parts[0]
         if not isinstance(data_config.train, str):
             train_data = mix(parts, data_config.train, seed)
@@ -168,16 +225,7 @@ def build_datasets(
                 _logger.info("data.train: %s", train_data.describe())
     eval_data = None
     if eval_source:
-        eval_data = _tokenize_source(
-            eval_source,
-            tokenizer,
-            encoder,
-            rules=rules,
-            max_samples=data_config.num_eval_samples,
-            num_sample_prompts=num_sample_prompts,
-            field="data.eval",
-            show_progress=show_progress,
-        )
+        eval_data = tokenize(eval_source, rules, data_config.num_eval_samples, num_sample_prompts, "data.eval")
     return DataBundle(
         train=train_data.dataset,
         eval=eval_data.dataset if eval_data else None,
@@ -232,10 +280,22 @@ def _build_labeled(
     train_source: RowSource | TextSource,
     eval_source: RowSource | TextSource | None,
     pad_token_id: int,
-    show_progress: bool,
+    keeping: _Keeping,
 ) -> DataBundle:
     def tokenize(
         source: RowSource | TextSource, labels: Sequence[str] | None, max_samples: int | None, field: str
+    ) -> TokenizedData:
+        settings = {"labels": labels, "max_samples": max_samples, "pad_token_id": pad_token_id}
+        return keeping.get(
+            source, settings, lambda shows: tokenize_anew(source, labels, max_samples, field, shows), field
+        )
+
+    def tokenize_anew(
+        source: RowSource | TextSource,
+        labels: Sequence[str] | None,
+        max_samples: int | None,
+        field: str,
+        show_progress: bool,
     ) -> TokenizedData:
         read = tokenize_labeled(
             source,

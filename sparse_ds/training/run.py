@@ -33,6 +33,8 @@ from sparse_ds.config.methods import all_methods
 from sparse_ds.data import DataBundle, SamplePrompt, build_datasets
 from sparse_ds.data.fingerprint import dataset_fingerprint
 from sparse_ds.data.named_templates import exported_template
+from sparse_ds.data.packing import PackedDataset
+from sparse_ds.data.token_cache import default_folder
 from sparse_ds.distributed import process_group
 from sparse_ds.distributed.launch_environment import LaunchEnvironment
 from sparse_ds.distributed.watchdog import Watchdog
@@ -82,9 +84,9 @@ from sparse_ds.training.setup import (
 )
 from sparse_ds.training.skipped_steps import SkippedSteps, samples_of_step
 from sparse_ds.training.stop_signals import StopSignals, StopTogether
-from sparse_ds.training.stream_order import make_sampler
 from sparse_ds.training.trainer import SparseTrainer, classification_loss
 from sparse_ds.training.trainer_progress import TrainerProgress, check_trainer_state
+from sparse_ds.training.training_rows import order_rows
 
 logger = logging.getLogger("sparse_ds")
 
@@ -175,7 +177,7 @@ class _Training:
 
     def carry_out(self) -> RunSummary:
         config = self.config
-        with process_group.agreement("reading the data"):
+        with process_group.agreement("reading the data", is_long=True):
             plan = config.batch_plan(self.launch.world_size)
             checkpoint = BaseCheckpoint(self.base_folder)
             read_architecture(checkpoint)
@@ -189,8 +191,11 @@ class _Training:
                 global_batch_size=plan.global_batch_size,
                 num_sample_prompts=config.monitor.num_sample_prompts,
                 show_progress=self.is_main,
+                cache_folder=self._cache_folder(),
+                show_bar=self.launch.rank == self.launch.local_rank,
             )
-            sampler = self.sampler = make_sampler(self.data.train, plan.global_batch_size, config.train.seed)
+            self.rows = order_rows(config, self.data, plan.global_batch_size)
+            sampler = self.rows.sampler
             classification = self._plan_classification()
         require_same_base(self.base_folder, fingerprint)
         self.prepared: PreparedModel = prepare_model(
@@ -200,8 +205,7 @@ class _Training:
             classification,
             show_progress=self.is_main and config.monitor.progress_bar,
         )
-        data = dataset_fingerprint(self.data.train)
-        self.identity = run_identity(config, checkpoint, self.prepared, data, plan.global_batch_size)
+        self.identity = run_identity(config, checkpoint, self.prepared, self.rows.fingerprint(), plan.global_batch_size)
         heldout = None if self.data.eval is None else dataset_fingerprint(self.data.eval)
         check_same_run({**self.identity, "held-out data": heldout})
         self.steps_per_epoch = len(sampler) // plan.global_batch_size
@@ -234,6 +238,13 @@ class _Training:
         self._save()
         self.log.close()
         return summary
+
+    def _cache_folder(self) -> Path | None:
+        """Of tokenized data; None: nothing is kept."""
+        data = self.config.data
+        if not data.cache:
+            return None
+        return default_folder() if data.cache_dir is None else Path(data.cache_dir)
 
     def _plan_classification(self) -> Classification | None:
         """What the model has to know of the labels; None for a language model."""
@@ -276,12 +287,13 @@ class _Training:
             make_optimizer=lambda parameters: make_optimizer(config, parameters),
             sampler=sampler,
             heldout=self.data.eval,
+            collate_heldout=self.data.collator,
             on_save=self._save_checkpoint,
             on_restore_generators=lambda: self.progress.restore_generators(),
             model=self.prepared.model,
             args=arguments,
-            data_collator=self.data.collator,
-            train_dataset=self.data.train,
+            data_collator=self.rows.collate,
+            train_dataset=self.rows.dataset,
             eval_dataset=self.data.eval,
             callbacks=[
                 EpochOrder(sampler),
@@ -407,7 +419,7 @@ class _Training:
         """Rows of `data.train` of which a step of the current epoch is made: counted from 0, or as text where a number
         does not say which (mixtures, streams)."""
         size = self.config.batch_plan(self.launch.world_size).global_batch_size
-        return [self.data.train_data.row_of(sample) for sample in samples_of_step(self.sampler, size, step)]
+        return self.rows.source_rows(samples_of_step(self.rows.sampler, size, step))
 
     def _save_checkpoint(self) -> None:
         heldout = self.metrics.heldout_at(self.trainer.state.global_step)
@@ -524,9 +536,13 @@ class _Training:
             return
         config, prepared = self.config, self.prepared
         share = prepared.num_trained_weights / prepared.num_weights
+        unit = "samples"
+        if isinstance(self.rows.dataset, PackedDataset):
+            unit = "packed rows"
+            logger.info("data.packing: %s", self.rows.dataset.describe())
         logger.info(
-            "%s on %s: %s of %s weights train (%.2f %%), base %s %s; %d rank(s) x %d samples x %d micro batch(es) = %d "
-            "samples a step",
+            "%s on %s: %s of %s weights train (%.2f %%), base %s %s; %d rank(s) x %d %s x %d micro batch(es) = %d "
+            "%s a step",
             config.method.name,
             config.model.name_or_path,
             f"{prepared.num_trained_weights:,}",
@@ -536,8 +552,10 @@ class _Training:
             config.model.dtype,
             self.launch.world_size,
             plan.micro_batch_size,
+            unit,
             plan.gradient_accumulation_steps,
             plan.global_batch_size,
+            unit,
         )
 
 

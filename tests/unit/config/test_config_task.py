@@ -37,6 +37,7 @@ def parse(model: dict[str, Any], data: dict[str, Any] | None = None) -> Any:
             {"labels": ["x", "y", "z"]},
             r"got 2 words for the 3 labels of data\.la",
         ),
+        (CLASSIFIER, {"packing": True}, r"data\.packing: got true, expected false with model\.task sequence_classific"),
         (CLASSIFIER, {"labels": ["x", "y", "x"]}, r"data\.labels: holds 'x' more than once"),
         (CLASSIFIER, {"labels": ["x"]}, r"data\.labels: got \[\"x\"\] \(list\), expected"),
         (
