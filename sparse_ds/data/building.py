@@ -23,6 +23,7 @@ from sparse_ds.config.errors import UserError
 from sparse_ds.data.classification import tokenize_labeled
 from sparse_ds.data.collation import CausalCollator, ClassificationCollator
 from sparse_ds.data.formats import Format, Sample, choose_format
+from sparse_ds.data.labeled_texts import ClassifierInputs, LabeledTextEncoder
 from sparse_ds.data.sample_prompts import SamplePrompt, prompt_of_sample, prompt_of_text
 from sparse_ds.data.sources import RowSource, TextSource, open_source
 from sparse_ds.data.templates import check_chat_template
@@ -52,6 +53,8 @@ class DataSettings(Protocol):
     def num_eval_samples(self) -> int | None: ...
     @property
     def labels(self) -> list[str] | None: ...
+    @property
+    def instruction(self) -> str | None: ...
 
 
 @dataclass(frozen=True)
@@ -138,6 +141,7 @@ def build_datasets(
     tokenizer: PreTrainedTokenizerBase,
     *,
     task: str = "causal_lm",
+    classifier_inputs: ClassifierInputs | None = None,
     num_sample_prompts: int = 1,
     show_progress: bool = False,
 ) -> DataBundle:
@@ -147,18 +151,24 @@ def build_datasets(
         data_config: the config's `data` section.
         tokenizer: the model's. Its EOS token pads where it has no pad token.
         task: `causal_lm` or `sequence_classification`.
+        classifier_inputs: how the model of a classification wants its texts; None: as a decoder does.
         num_sample_prompts: how many prompts to keep for showing answers.
         show_progress: true on the one rank that shows a progress bar and logs what was read.
 
     Raises:
         UserError: anything wrong with the data; names the file, the line and the field.
     """
-    encoder = SampleEncoder(tokenizer, data_config.sequence_length)
     train_source = open_source(data_config.train, field="data.train", split="train")
     eval_source = open_source(data_config.eval, field="data.eval", split="validation") if data_config.eval else None
     pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     if task == "sequence_classification":
-        return _build_labeled(data_config, encoder, train_source, eval_source, pad_token_id, show_progress)
+        inputs = classifier_inputs or ClassifierInputs()
+        labeled = LabeledTextEncoder(
+            tokenizer, data_config.sequence_length, inputs, pad_token_id, data_config.instruction
+        )
+        collator = ClassificationCollator(pad_token_id, max_tokens=inputs.max_tokens)
+        return _build_labeled(data_config, labeled, train_source, eval_source, collator, show_progress)
+    encoder = SampleEncoder(tokenizer, data_config.sequence_length)
     train_data = _tokenize_source(
         train_source,
         tokenizer,
@@ -195,10 +205,10 @@ def build_datasets(
 
 def _build_labeled(
     data_config: DataSettings,
-    encoder: SampleEncoder,
+    encoder: LabeledTextEncoder,
     train_source: RowSource | TextSource,
     eval_source: RowSource | TextSource | None,
-    pad_token_id: int,
+    collator: ClassificationCollator,
     show_progress: bool,
 ) -> DataBundle:
     def tokenize(
@@ -208,7 +218,6 @@ def _build_labeled(
             source,
             encoder,
             labels=labels,
-            pad_token_id=pad_token_id,
             max_samples=max_samples,
             field=field,
             show_progress=show_progress,
@@ -236,7 +245,7 @@ def _build_labeled(
     return DataBundle(
         train=train_data.dataset,
         eval=eval_data.dataset if eval_data else None,
-        collator=ClassificationCollator(pad_token_id),
+        collator=collator,
         format_name=train_data.format_name,
         num_trained_tokens=train_data.num_trained_tokens,
         sample_prompts=[],

@@ -1,12 +1,6 @@
-"""Labeled texts to token ids and numbers of labels.
+"""Labeled texts to token ids and numbers of labels: `labeled_texts` makes the ids.
 
-    ids     = BOS? + ids(text), cut at the end to `sequence_length`, without pad tokens at its end      no EOS
-    label   = position in the list of labels
-
-transformers' classifiers read the last token that is not `pad_token_id`, and know nothing of the attention mask. A text
-may end with that token itself where the EOS token (or the unknown token) pads. Such tokens at the end are taken away
-here, so that the last token of every sample is the one that is read, in training as in plain transformers later, which
-cannot tell them from padding: attention is causal, so what follows the token that is read changes nothing.
+label   = position in the list of labels
 """
 
 from __future__ import annotations
@@ -20,12 +14,12 @@ from datasets.utils import tqdm
 
 from sparse_ds.config.errors import UserError
 from sparse_ds.data.formats import LabeledText, labeled_sample
+from sparse_ds.data.labeled_texts import LabeledTextEncoder
 from sparse_ds.data.sources import RowSource, TextSource
-from sparse_ds.data.tokenization import SampleEncoder
 
 _CHUNK_SAMPLES = 1000
 _SHOWN_LABELS = 20
-_FEATURES = Features({"input_ids": List(Value("int32"))})
+_COLUMN = List(Value("int32"))
 
 
 @dataclass(frozen=True)
@@ -33,10 +27,11 @@ class LabeledData:
     """One source, tokenized.
 
     Attributes:
-        dataset: columns `input_ids` (lists of int32) and `label` (int32), in the order of the source.
+        dataset: columns `input_ids` (lists of int32), `token_type_ids` where the model has them, and `label` (int32),
+            in the order of the source.
         labels: the text of every label; `label` counts from 0 in this order.
         num_tokens: all tokens.
-        num_truncated: samples that lost their end to `sequence_length`.
+        num_truncated: samples that lost a part to `sequence_length`.
     """
 
     dataset: Dataset
@@ -47,10 +42,9 @@ class LabeledData:
 
 def tokenize_labeled(
     source: RowSource | TextSource,
-    encoder: SampleEncoder,
+    encoder: LabeledTextEncoder,
     *,
     labels: Sequence[str] | None,
-    pad_token_id: int,
     max_samples: int | None,
     field: str,
     show_progress: bool,
@@ -59,9 +53,8 @@ def tokenize_labeled(
 
     Args:
         source: rows with a text and a label.
-        encoder: the model's tokenizer and the longest sample.
+        encoder: makes the ids.
         labels: all labels, in order; None: those of the source, sorted (by number where all are whole numbers).
-        pad_token_id: taken away at the end of a sample.
         max_samples: stop after so many; None reads all.
         field: the config field that the source comes from, for messages.
         show_progress: show a progress bar.
@@ -79,15 +72,14 @@ def tokenize_labeled(
     while batch := list(islice(samples, _CHUNK_SAMPLES)):
         if labels is not None:
             _check_labels(batch, labels, field)
-        ids_of_batch = encoder.plain_ids([sample.text for sample in batch])
-        num_truncated += sum(len(ids) > encoder.sequence_length for ids in ids_of_batch)
-        ids_of_batch = [_without_end_padding(ids[: encoder.sequence_length], pad_token_id) for ids in ids_of_batch]
-        for sample, ids in zip(batch, ids_of_batch, strict=True):
-            if not ids:
-                raise UserError(f"{sample.location}: the tokenizer makes no token of the text. Remove the sample.")
-        num_tokens += sum(map(len, ids_of_batch))
+        encoded = encoder.encode(batch)
+        num_truncated += sum(one.is_truncated for one in encoded)
+        num_tokens += sum(len(one.input_ids) for one in encoded)
         texts += [sample.label for sample in batch]
-        chunks.append(Dataset.from_dict({"input_ids": ids_of_batch}, features=_FEATURES))
+        columns = {"input_ids": [one.input_ids for one in encoded]}
+        if encoded[0].token_type_ids:
+            columns["token_type_ids"] = [one.token_type_ids for one in encoded]
+        chunks.append(Dataset.from_dict(columns, features=Features(dict.fromkeys(columns, _COLUMN))))
     if not chunks:
         raise UserError(f"{field}: {source.name} holds no sample. Give at least one.")
     known = tuple(_sorted(set(texts)) if labels is None else labels)
@@ -111,14 +103,6 @@ def _check_labels(batch: Sequence[LabeledText], labels: Sequence[str], field: st
                 f'{sample.location}: field "label" is {sample.label!r}, expected one of {shown} ({origin}). Correct '
                 "it, or name all labels in data.labels."
             )
-
-
-def _without_end_padding(ids: list[int], pad_token_id: int) -> list[int]:
-    """`ids` up to the last one that is no pad token, one id at least."""
-    length = len(ids)
-    while length > 1 and ids[length - 1] == pad_token_id:
-        length -= 1
-    return ids[:length]
 
 
 def _sorted(labels: set[str]) -> list[str]:

@@ -5,7 +5,7 @@
       adapter_model.safetensors     <module>.indices  int32 [K]  flat row-major positions, unique and ascending
                                                       (int64 where the matrix has 2^31 weights or more)
                                     <module>.values   fp32 [K]   merged weight = round(fp32 w + fp32 value)
-                                    <tensor>          fp32       the head of a classification: `score.weight`
+                                    <tensor>          fp32       the head of a classification: `score.weight`, ...
 
 `<module>` is the module's name in the transformers model, e.g. `model.layers.0.self_attn.q_proj`, and the deltas are
 those of its weight; a name that ends in `.bias` is that bias itself. A vector of D is a matrix [D, 1]. The file needs
@@ -70,6 +70,8 @@ class AdapterConfig(BaseModel):
     """Of a classification, in the order of the head's rows."""
     pad_token_id: int | None = None
     """Of a classification: transformers reads the last token that is another one."""
+    instruction: str | None = None
+    """Of a classification: the text around every sample, with {text} in its place (`data.instruction`)."""
 
 
 class StoredAdapterConfig(AdapterConfig):

@@ -60,6 +60,7 @@ def save_deltas(
                 task=config.model.task,
                 labels=None if classification is None else classification.labels,
                 pad_token_id=None if classification is None else classification.pad_token_id,
+                instruction=config.data.instruction,
             )
             stored = save_adapter(folder, gathered, config=adapter_config, dense=dense, overwrite=True)
     return stored
