@@ -28,12 +28,12 @@ from sparse_ds.monitor.memory import memory_gib
 from sparse_ds.monitor.metrics_log import MetricsLog
 from sparse_ds.optim.sm3 import SparseSM3
 from sparse_ds.optim.sparse_adamw import SparseAdamW
+from sparse_ds.training.classification_scores import SCORES
 from sparse_ds.training.global_order import GlobalOrderSampler
 
 if TYPE_CHECKING:
-    from sparse_ds.training.classification_scores import SCORES
     from sparse_ds.training.setup import EventSchedule
-from sparse_ds.training.trainer import SparseTrainer
+    from sparse_ds.training.trainer import SparseTrainer
 
 
 class OnTrainBegin(TrainerCallback):

@@ -19,7 +19,8 @@ BOS, EOS = 1, 2
 
 
 def build(tokenizer: PreTrainedTokenizerFast, train: Path, eval: Path | None = None, **others: Any) -> DataBundle:
-    values = {"format": "auto", "sequence_length": 64, "num_eval_samples": None, "labels": None, **others}
+    values = {"format": "auto", "sequence_length": 64, "num_eval_samples": None, "labels": None, "instruction": None}
+    values |= others
     settings = SimpleNamespace(train=str(train), eval=None if eval is None else str(eval), **values)
     return build_datasets(settings, tokenizer, task="sequence_classification")
 
