@@ -133,7 +133,7 @@ def labeled_sample(row: Row) -> LabeledText:
         return LabeledText(_learned_text(row, first), _label(row), row.location, pair=_text(row, second))
     half = next((pair for pair in TEXT_PAIRS[:3] if pair[0] in names), None)
     if half is not None:
-        _text(row, half[1])
+        _text(row, half[1])  # raises: it is missing or null
     if "text" not in names and "sentence" not in names:
         raise UserError(
             f"{row.location}: no text to classify; the fields there are {', '.join(map(str, names)) or 'none'}. "
