@@ -72,7 +72,11 @@ def tokenize_labeled(
     while batch := list(islice(samples, _CHUNK_SAMPLES)):
         if labels is not None:
             _check_labels(batch, labels, field)
-        encoded = encoder.encode(batch)
+        encoded = []
+        for one in encoder.encode(batch):
+            if isinstance(one, UserError):
+                raise one
+            encoded.append(one)
         num_truncated += sum(one.is_truncated for one in encoded)
         num_tokens += sum(len(one.input_ids) for one in encoded)
         texts += [sample.label for sample in batch]

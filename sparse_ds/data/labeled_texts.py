@@ -82,27 +82,42 @@ class LabeledTextEncoder:
     ) -> None:
         self._tokenizer, self._inputs, self._pad_token_id = tokenizer, inputs, pad_token_id
         self._instruction = instruction
+        self._wants_pair = instruction is not None and PAIR in instruction
         self.sequence_length = min(sequence_length, inputs.max_tokens or sequence_length)
         self._decoder = None if inputs.is_encoder else SampleEncoder(tokenizer, self.sequence_length)
 
-    def encode(self, samples: Sequence[LabeledText]) -> list[EncodedText]:
+    def encode(self, samples: Sequence[LabeledText]) -> list[EncodedText | UserError]:
         """Tokenize samples; the order is kept.
 
+        Returns:
+            Of each its ids, or what is wrong with it: it has no token, or no second text where the instruction wants
+            one.
+
         Raises:
-            UserError: a sample that has no token, or no second text where the instruction wants one; an instruction
-                that leaves no room for a text.
+            UserError: the instruction leaves no room for a text.
         """
-        encoded = self._encode([self._texts(sample) for sample in samples])
-        for position, one in enumerate(encoded):
+        made: list[EncodedText | UserError] = [
+            UserError(
+                f"{sample.location}: has no second text, which data.instruction wants as {PAIR}. Add it to the row, or "
+                "take it out of the instruction."
+            )
+            for sample in samples
+        ]
+        usable = [
+            position for position, sample in enumerate(samples) if sample.pair is not None or not self._wants_pair
+        ]
+        encoded = self._encode([self._texts(samples[position]) for position in usable])
+        for position, one in zip(usable, encoded, strict=True):
+            sample = samples[position]
             if len(one.input_ids) > self.sequence_length:
-                encoded[position] = self._cut(samples[position], one)
+                one = self._cut(sample, one)
             if self._decoder is not None:
-                ids = _without_end_padding(encoded[position].input_ids, self._pad_token_id)
-                encoded[position] = encoded[position]._replace(input_ids=ids)
-            if not encoded[position].input_ids:
-                location = samples[position].location
-                raise UserError(f"{location}: the tokenizer makes no token of the text. Remove the sample.")
-        return encoded
+                one = one._replace(input_ids=_without_end_padding(one.input_ids, self._pad_token_id))
+            made[position] = one
+            if not one.input_ids:
+                reason = "the tokenizer makes no token of the text. Remove the sample."
+                made[position] = UserError(f"{sample.location}: {reason}")
+        return made
 
     def _texts(self, sample: LabeledText, num_characters: int | None = None) -> _Texts:
         """What is tokenized; of either text at most its first `num_characters`."""
@@ -111,13 +126,8 @@ class LabeledTextEncoder:
         joined = text if pair is None else f"{text}\n{pair}"
         if self._instruction is None:
             return (text, pair) if self._inputs.is_encoder else (joined, None)
-        if PAIR not in self._instruction:
+        if pair is None or not self._wants_pair:
             return self._instruction.replace(TEXT, joined), None
-        if pair is None:
-            raise UserError(
-                f"{sample.location}: has no second text, which data.instruction wants as {PAIR}. Add it to the row, or "
-                "take it out of the instruction."
-            )
         # In one go: a text that holds "{text_pair}" stays as it is.
         parts = [part.replace(TEXT, text) for part in self._instruction.split(PAIR)]
         return pair.join(parts), None

@@ -114,8 +114,12 @@ def test_what_is_too_long_loses_no_part_of_the_instruction(tokenizer: PreTrained
 
 
 def test_bad_instructions(tokenizer: PreTrainedTokenizerFast) -> None:
-    with pytest.raises(UserError, match=r"line 7: has no second text, which data.instruction wants as \{text_pair\}"):
-        encoder(tokenizer, ClassifierInputs(), instruction="{text} {text_pair}").encode([sample("x")])
+    wants_pair = encoder(tokenizer, ClassifierInputs(), instruction="{text} {text_pair}")
+    fine, bad, empty = wants_pair.encode([sample("x", "y"), sample("x"), sample("x", "")])
+    assert isinstance(bad, UserError)
+    assert "line 7: has no second text, which data.instruction wants as {text_pair}" in str(bad)
+    assert not isinstance(fine, UserError) and fine.input_ids == ids_of("x y")
+    assert not isinstance(empty, UserError) and empty.input_ids == ids_of("x ")
     with pytest.raises(UserError, match=r"data.instruction: takes more than data.sequence_length = 5 tokens by itself"):
         encoder(tokenizer, ClassifierInputs(), 5, instruction="far too long {text}").encode([sample("x")])
 
