@@ -6,6 +6,7 @@ Nothing heavy is imported before the arguments and the configuration are known t
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import logging
 import os
@@ -14,7 +15,7 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
+from typing import Any, TextIO
 
 from sparse_ds.config import (
     RunConfig,
@@ -31,20 +32,35 @@ SECONDS_FOR_RANK_0_TO_SPEAK = 20.0
 finds the same, prints it and ends, and the launcher then ends the others. Only a mistake of its own makes it speak."""
 
 
+COMMANDS = {
+    "export": "a merged dense model from an adapter, or the adapter in another format",
+    "quantize": "save a base model in NF4, which then loads faster",
+    "report": "compare finished runs in one table",
+}
+"""Files of `sparse_ds.commands` and what they do."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """`sparse-ds COMMAND ...`; returns the exit code."""
     parser = argparse.ArgumentParser(prog="sparse-ds", description="Sparse fine-tuning on DeepSpeed ZeRO-3.")
     commands = parser.add_subparsers(dest="command", required=True)
     _add_train_arguments(commands.add_parser("train", help="fine-tune (under any launcher, or one process)"))
-    _add_quantize_arguments(commands.add_parser("quantize", help="save a base model in NF4, which then loads faster"))
-    report = commands.add_parser("report", help="compare finished runs in one table")
-    report.add_argument("runs", nargs="+", type=Path, help="output folders of runs")
+    for name, purpose in COMMANDS.items():
+        _command(name).add_arguments(commands.add_parser(name, help=purpose))
     arguments = parser.parse_args(argv)
     if arguments.command == "train":
         return _train(arguments)
-    if arguments.command == "quantize":
-        return _quantize(arguments)
-    return _report(arguments.runs)
+    _set_up_logging(rank=0, local_rank=0, stream=sys.stderr)
+    try:
+        _command(arguments.command).run(arguments)
+    except (UserError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USER_ERROR_EXIT_CODE
+    return 0
+
+
+def _command(name: str) -> Any:
+    return importlib.import_module(f"sparse_ds.commands.{name}")
 
 
 def train(argv: Sequence[str] | None = None) -> int:
@@ -65,54 +81,6 @@ def _add_train_arguments(parser: argparse.ArgumentParser) -> None:
         "--resume", metavar="auto|PATH", help="go on from the newest checkpoint of the run, or from this one"
     )
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
-
-
-def _add_quantize_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("base", help="folder or hub name of a 16-bit checkpoint")
-    parser.add_argument("output", type=Path, help="folder to make")
-    parser.add_argument("--revision", help="of a hub name: branch, tag or commit")
-    parser.add_argument(
-        "--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="as model.dtype of the runs"
-    )
-    parser.add_argument("--double-quantization", action="store_true", help="quantize the scales too")
-    parser.add_argument("--max-shard-size", default="5GB", help="largest file: a number followed by KB, MB or GB")
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to quantize")
-    parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint that is already there")
-
-
-def _quantize(arguments: argparse.Namespace) -> int:
-    _set_up_logging(rank=0, local_rank=0)
-    try:
-        device = _choose_device(arguments.device, forced_cpu=False)
-        from sparse_ds.export.quantized import write_nf4_checkpoint
-
-        written = write_nf4_checkpoint(
-            arguments.base,
-            arguments.output,
-            revision=arguments.revision,
-            dtype=arguments.dtype,
-            double_quantization=arguments.double_quantization,
-            max_shard_size=arguments.max_shard_size,
-            device=device,
-            overwrite=arguments.overwrite,
-            show_progress=sys.stderr.isatty(),
-        )
-    except (UserError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return USER_ERROR_EXIT_CODE
-    print(f"{written.folder}: {written.size_bytes / 2**30:.2f} GiB in {written.num_shards} file(s)")
-    return 0
-
-
-def _report(runs: list[Path]) -> int:
-    from sparse_ds.monitor.report import compare_runs
-
-    try:
-        print(compare_runs(runs))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return USER_ERROR_EXIT_CODE
-    return 0
 
 
 def _train(arguments: argparse.Namespace) -> int:
@@ -177,8 +145,9 @@ def _choose_device(wanted: str, forced_cpu: bool) -> str:
     return wanted
 
 
-def _set_up_logging(rank: int, local_rank: int) -> None:
-    handler = logging.StreamHandler(sys.stdout)
+def _set_up_logging(rank: int, local_rank: int, stream: TextIO | None = None) -> None:
+    """`stream`: by default stdout; commands whose output may be read by programs log to stderr."""
+    handler = logging.StreamHandler(stream or sys.stdout)
     handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
     ours = logging.getLogger("sparse_ds")
     ours.handlers = [handler]

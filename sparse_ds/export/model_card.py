@@ -3,31 +3,39 @@
 from __future__ import annotations
 
 import os
+from importlib.metadata import version
 from pathlib import Path
 
-from sparse_ds.export.adapter import StoredAdapterConfig
+from sparse_ds.adapter.adapter import Adapter
 
 
-def merged_model_card(config: StoredAdapterConfig, *, num_deltas: int, num_hidden_deltas: int, dtype: str) -> str:
+def merged_model_card(
+    adapter: Adapter, *, num_deltas: int, num_hidden_deltas: int, dtype: str, base_weights: str
+) -> str:
     """Markdown with the front matter of the hub.
 
     Args:
-        config: of the adapter that was merged.
+        adapter: what was merged.
         num_deltas: trained weights.
         num_hidden_deltas: non-zero deltas that rounding left without effect.
         dtype: of the stored weights.
+        base_weights: "dequantized" or "original": what the deltas of a training over NF4 were added to.
     """
+    config = adapter.config
     base = config.base
     name, on_hub = _public_name(base.name)
     num_targets = sum(rows * cols for rows, cols in config.shapes.values())
     if base.quantization == "nf4":
         double = " with double quantization" if base.double_quantization else ""
-        base_weights = (
-            f"The target matrices were trained over a 4-bit NF4 base{double} (blocks of 64): their untrained weights "
-            "here are the dequantized ones, as in training, not the original ones."
+        what = (
+            "their untrained weights here are the dequantized ones, as in training, not the original ones."
+            if base_weights == "dequantized"
+            else "here the changes are added to the original weights, so this is not quite the model that was trained. "
+            "`merge_report.json` tells how far it is from it."
         )
+        explained = f"The target matrices were trained over a 4-bit NF4 base{double} (blocks of 64): {what}"
     else:
-        base_weights = "All other weights of the target matrices are those of the base model."
+        explained = "All other weights of the target matrices are those of the base model."
     revision = f" (revision `{base.revision}`)" if base.revision else ""
     return "\n".join(
         [
@@ -35,14 +43,14 @@ def merged_model_card(config: StoredAdapterConfig, *, num_deltas: int, num_hidde
             "",
             f"# {name}, sparsely fine-tuned",
             "",
-            f"A dense model: `{name}`{revision} and a sparse adapter, merged by sparse_ds {config.sparse_ds_version}.",
+            f"A dense model: `{name}`{revision} and a sparse adapter, merged by sparse_ds {version('sparse-ds')}.",
             "",
             f"- method: `{config.method}`, density {config.density:g}",
             f"- trained weights: {num_deltas:,} of {num_targets:,} in {len(config.shapes)} matrices",
             f"- trained in {base.dtype}, stored in {dtype}",
             f"- merged weight: round to {base.dtype} of (fp32 base weight + fp32 delta); "
             f"{num_hidden_deltas:,} deltas are smaller than that rounding and have no effect",
-            f"- sha256 of the indices: `{config.index_hash}`",
+            f"- sha256 of the indices: `{adapter.index_hash}`",
             *(
                 []
                 if config.labels is None
@@ -50,7 +58,7 @@ def merged_model_card(config: StoredAdapterConfig, *, num_deltas: int, num_hidde
             ),
             "",
             *([] if config.instruction is None else _instruction(config.instruction)),
-            base_weights,
+            explained,
             "",
             "```python",
             f"from transformers import {_model_class(config.task)}, AutoTokenizer",
