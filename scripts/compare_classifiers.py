@@ -47,6 +47,13 @@ def main() -> None:
     parser.add_argument("--density", type=float, default=0.05)
     parser.add_argument("--select-rows", type=int, default=500, help="last rows of the training data: for the rate")
     parser.add_argument("--heldout-rows", type=int, default=1000, help="at most so many are used")
+    parser.add_argument(
+        "--rate-steps",
+        type=int,
+        nargs="+",
+        default=[-1, 0, 1],
+        help="learning rates: the method's own times the root of 10 to these powers; with one nothing is selected",
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     arguments = parser.parse_args()
     lines = ["| task | method | trained weights | learning rate | accuracy | Matthews |", "|---|---|--:|--:|--:|--:|"]
@@ -80,9 +87,11 @@ def majority_line(arguments: argparse.Namespace, task: str) -> str:
 
 
 def method_line(arguments: argparse.Namespace, task: str, method: str) -> str:
-    rates = [float(f"{MIDDLE_RATES[method] * ROOT_OF_10**step:.1e}") for step in (-1, 0, 1)]
-    found = {rate: run(arguments, Job(task, method, rate, arguments.seeds[0], "select")) for rate in rates}
-    best = max(rates, key=lambda rate: found[rate]["heldout_scores_after"]["matthews"])
+    rates = [float(f"{MIDDLE_RATES[method] * ROOT_OF_10**step:.1e}") for step in arguments.rate_steps]
+    best = rates[0]
+    if len(rates) > 1:
+        found = {rate: run(arguments, Job(task, method, rate, arguments.seeds[0], "select")) for rate in rates}
+        best = max(rates, key=lambda rate: found[rate]["heldout_scores_after"]["matthews"])
     summaries = [run(arguments, Job(task, method, best, seed, "heldout")) for seed in arguments.seeds]
     shown = []
     for name in ("accuracy", "matthews"):
