@@ -2,6 +2,8 @@
 
     native      a folder that this project wrote               `native.load_adapter`
     checkpoint  `checkpoint-<step>` of a run                   `of_checkpoint.CheckpointAdapter`
+    PEFT        a folder in one of PEFT's formats              `supertuning.SupertuningAdapter`, `shira.ShiraAdapter`
+    difference  two dense checkpoints                          `difference.DifferenceAdapter`
 
 All are an `Adapter`, so whatever reads one (merging into the base, other file formats, sums of adapters) reads all.
 One module is in memory at a time.

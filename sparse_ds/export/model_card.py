@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from importlib.metadata import version
-from pathlib import Path
 
 from sparse_ds.adapter.adapter import Adapter
+from sparse_ds.adapter.peft_card import public_name
 
 
 def merged_model_card(
@@ -23,7 +22,7 @@ def merged_model_card(
     """
     config = adapter.config
     base = config.base
-    name, on_hub = _public_name(base.name)
+    name, on_hub = public_name(base.name)
     num_targets = sum(rows * cols for rows, cols in config.shapes.values())
     if base.quantization == "nf4":
         double = " with double quantization" if base.double_quantization else ""
@@ -75,7 +74,7 @@ def merged_model_card(
 
 def dense_model_card(base_name: str, *, task: str = "causal_lm") -> str:
     """README.md of a model of which every weight was trained."""
-    name, on_hub = _public_name(base_name)
+    name, on_hub = public_name(base_name)
     return "\n".join(
         [
             *_front_matter(name if on_hub else None),
@@ -97,12 +96,6 @@ def _instruction(instruction: str) -> list[str]:
 
 def _model_class(task: str) -> str:
     return "AutoModelForCausalLM" if task == "causal_lm" else "AutoModelForSequenceClassification"
-
-
-def _public_name(base_name: str) -> tuple[str, bool]:
-    """(name to show, whether it is a hub name). Of a local path only the last part is shown."""
-    is_path = base_name.count("/") != 1 or base_name.startswith((".", "~", os.sep)) or Path(base_name).exists()
-    return (Path(base_name).name, False) if is_path else (base_name, True)
 
 
 def _front_matter(hub_base: str | None) -> list[str]:
