@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+HEAD_NAME = "score"
+"""Of decoders; its weight is `score.weight`. Those of encoders are in `model.kinds`."""
 NORMAL_SCALE = 0.06
 """Times 1 / sqrt(hidden size): the standard deviation of the normal initialization of a decoder's head."""
 
