@@ -144,7 +144,7 @@ def sparse_command(arguments: argparse.Namespace, job: Job, folder: Path) -> lis
         "monitor.progress_bar": "false",
         "export.merged": "false",
     }
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*launcher, str(ROOT / "launcher" / "train.py"), "--config", "zero3_full"]
     for key, value in settings.items():
         command += ["--set", f"{key}={value}"]
