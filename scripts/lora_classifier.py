@@ -13,7 +13,6 @@ import argparse
 import json
 import math
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, get_linear_schedule_with_warmup
 
+from sparse_ds.config.schema import DataConfig
 from sparse_ds.data import build_datasets
 from sparse_ds.model.classification_head import NORMAL_SCALE, normal_numbers
 from sparse_ds.training.classification_scores import LabelCounts, scores_of
@@ -44,14 +44,8 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(arguments.seed)
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    settings = SimpleNamespace(
-        train=str(arguments.train),
-        eval=str(arguments.heldout),
-        format="auto",
-        sequence_length=arguments.sequence_length,
-        num_eval_samples=None,
-        labels=None,
-        instruction=None,
+    settings = DataConfig(
+        train=str(arguments.train), eval=str(arguments.heldout), sequence_length=arguments.sequence_length
     )
     data = build_datasets(settings, tokenizer, task="sequence_classification")
     model = with_lora(arguments.model, arguments.density, data, arguments.seed)
