@@ -130,19 +130,19 @@ def _model_conflicts(model: ModelConfig, method: MethodConfig | None, train: Tra
     if model.attention == "flash_attention_2" and model.dtype == "float32":
         yield (
             "model.attention: got flash_attention_2, which computes in 16 bits only, with model.dtype float32. Set "
-            "model.dtype to bfloat16 or model.attention to sdpa."
+            "model.dtype to bfloat16 or model.attention to auto."
         )
     if model.attention == "flash_attention_2" and train is not None and train.device == "cpu":
         yield (
             "model.attention: got flash_attention_2, which needs a GPU, with train.device cpu. Set model.attention to "
-            "sdpa."
+            "auto."
         )
 
 
 def find_idle_task_keys(model: ModelConfig) -> dict[str, tuple[str, ...]]:
     """Section -> keys that only another task, or another initialization of its head, uses."""
     if model.task == "causal_lm":
-        return {"model": ("head_initialization", "label_words"), "data": ("labels",)}
+        return {"model": ("head_initialization", "label_words"), "data": ("labels", "instruction")}
     return {} if model.head_initialization == "label_words" else {"model": ("label_words",)}
 
 
@@ -166,6 +166,12 @@ def _task_conflicts(model: ModelConfig, data: DataConfig | None) -> Iterator[str
         )
     if model.head_initialization == "label_words" and is_classification and model.label_words is None:
         yield "model.label_words: missing, and model.head_initialization label_words needs a word per label. Give them."
+    instruction = None if data is None else data.instruction
+    if instruction is not None and "{text}" not in instruction:
+        yield (
+            f"data.instruction: got {instruction!r}, expected a text with {{text}} in it, where the sample goes. Add "
+            "it."
+        )
     labels = None if data is None else data.labels
     if labels is not None and len(set(labels)) < len(labels):
         repeated = next(label for label in labels if labels.count(label) > 1)

@@ -70,17 +70,20 @@ class ModelConfig(_Section):
     """Quantize the NF4 statistics too (0.37 bits less per weight)."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """The dtype in which the model computes and in which everything that is not quantized is kept."""
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    """The attention implementation of transformers; `flash_attention_2` needs the flash-attn package and a GPU."""
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    """The attention implementation of transformers; `auto`: `sdpa` where the architecture has it, else `eager`
+    (Gemma-2); `flash_attention_2` needs the flash-attn package and a GPU."""
     unused_tensors: list[Text] = []
     """Names (or patterns with * and ?) of tensors that the checkpoint holds and the architecture in its config.json
     does not have. Any other such tensor is refused: without it the model would be another one."""
     task: Literal["causal_lm", "sequence_classification"] = "causal_lm"
-    """`causal_lm`: the next token; `sequence_classification`: one label per text, by a linear head on the last token,
-    which takes the place of the vocabulary and trains as a whole."""
+    """`causal_lm`: the next token; `sequence_classification`: one label per text, by the head of transformers' own
+    classifiers, which trains as a whole: a linear layer on the last token, in place of the vocabulary; of BERT the
+    pooler and a linear layer, of RoBERTa two linear layers, on the first token."""
     head_initialization: Literal["normal", "label_words"] = "normal"
-    """The head before training: `normal` with mean 0 and standard deviation 0.06 / sqrt(hidden size), or `label_words`:
-    row i is the vocabulary's row of the first token of word i; `sequence_classification` only."""
+    """The head before training: `normal` with mean 0 and standard deviation 0.06 / sqrt(hidden size) (encoders: the
+    `initializer_range` of config.json), or `label_words`: row i is the vocabulary's row of the first token of word i
+    (decoders only); `sequence_classification` only."""
     label_words: Annotated[list[Text], Field(min_length=2)] | None = None
     """One word per label, in the order of the labels, for `model.head_initialization` label_words; else null."""
 
@@ -115,7 +118,11 @@ class DataConfig(_Section):
     chat template for conversations. `tokenizer`: its chat template for all of them. `alpaca`, `chatml`, `llama-2`,
     `mistral` or the path of a Jinja file: that chat template for all of them, and in the exported tokenizer."""
     labels: Annotated[list[Text], Field(min_length=2)] | None = None
-    """The labels of a classification in the order of the head's rows; null: those of the training data, sorted."""
+    """The labels of a classification in the order of the head's rows; null: those of the training data, sorted. Of two
+    labels the second is the positive one (F1)."""
+    instruction: Text | None = None
+    """Of a classification: a text around every sample, with {text} in its place, and perhaps {text_pair} in that of the
+    second text of a pair; null: the sample alone."""
     sequence_length: Annotated[int, Field(ge=2)] = 2048
     """The longest sample, in tokens."""
     truncate: bool = True

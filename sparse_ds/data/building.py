@@ -26,6 +26,7 @@ from sparse_ds.config.errors import UserError
 from sparse_ds.data.bad_rows import BadRows, OnBadRow
 from sparse_ds.data.classification import tokenize_labeled
 from sparse_ds.data.collation import CausalCollator, ClassificationCollator
+from sparse_ds.data.labeled_texts import ClassifierInputs, LabeledTextEncoder
 from sparse_ds.data.mixture import MixturePart, mix
 from sparse_ds.data.named_templates import use_template
 from sparse_ds.data.sample_prompts import SamplePrompt, prompt_of_sample, prompt_of_text
@@ -70,6 +71,8 @@ class DataSettings(Protocol):
     def num_eval_samples(self) -> int | None: ...
     @property
     def labels(self) -> list[str] | None: ...
+    @property
+    def instruction(self) -> str | None: ...
 
 
 @dataclass(frozen=True)
@@ -138,6 +141,7 @@ def build_datasets(
     task: str = "causal_lm",
     seed: int = 0,
     global_batch_size: int = 1,
+    classifier_inputs: ClassifierInputs | None = None,
     num_sample_prompts: int = 1,
     show_progress: bool = False,
     cache_folder: Path | None = None,
@@ -152,6 +156,7 @@ def build_datasets(
         task: `causal_lm` or `sequence_classification`.
         seed: of the run; what a mixture draws and how a stream is shuffled depend on it.
         global_batch_size: samples of one optimizer step over all ranks; a stream hands them out step by step.
+        classifier_inputs: how the model of a classification wants its texts; None: as a decoder does.
         num_sample_prompts: how many prompts to keep for showing answers.
         show_progress: true on the one rank that shows a progress bar and logs what was read.
         cache_folder: where tokenized data is kept and looked for (`token_cache`); None: nowhere.
@@ -168,7 +173,6 @@ def build_datasets(
         show_bar=show_progress if show_bar is None else show_bar,
         sequence_length=data_config.sequence_length,
     )
-    encoder = SampleEncoder(tokenizer, data_config.sequence_length)
     pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     streaming = data_config.streaming
     eval_source = None
@@ -177,7 +181,13 @@ def build_datasets(
         train_source = open_source(data_config.train, field="data.train", split="train")
         if data_config.eval:
             eval_source = open_source(data_config.eval, field="data.eval", split="validation")
-        return _build_labeled(data_config, encoder, train_source, eval_source, pad_token_id, keeping)
+        inputs = classifier_inputs or ClassifierInputs()
+        labeled = LabeledTextEncoder(
+            tokenizer, data_config.sequence_length, inputs, pad_token_id, data_config.instruction
+        )
+        collator = ClassificationCollator(pad_token_id, max_tokens=inputs.max_tokens)
+        return _build_labeled(data_config, labeled, train_source, eval_source, collator, inputs, keeping)
+    encoder = SampleEncoder(tokenizer, data_config.sequence_length)
     rules = SampleRules(data_config.format, data_config.template, data_config.truncate, data_config.on_bad_row)
     opened = _open_training_sources(data_config, rules)
     if data_config.eval:
@@ -276,16 +286,22 @@ def _stream_source(each: _TrainingSource, tokenizer: PreTrainedTokenizerBase, en
 
 def _build_labeled(
     data_config: DataSettings,
-    encoder: SampleEncoder,
+    encoder: LabeledTextEncoder,
     train_source: RowSource | TextSource,
     eval_source: RowSource | TextSource | None,
-    pad_token_id: int,
+    collator: ClassificationCollator,
+    inputs: ClassifierInputs,
     keeping: _Keeping,
 ) -> DataBundle:
     def tokenize(
         source: RowSource | TextSource, labels: Sequence[str] | None, max_samples: int | None, field: str
     ) -> TokenizedData:
-        settings = {"labels": labels, "max_samples": max_samples, "pad_token_id": pad_token_id}
+        settings = {
+            "labels": labels,
+            "max_samples": max_samples,
+            "pad_token_id": collator.pad_token_id,
+            "inputs": asdict(inputs),
+        }
         return keeping.get(
             source, settings, lambda shows: tokenize_anew(source, labels, max_samples, field, shows), field
         )
@@ -301,7 +317,6 @@ def _build_labeled(
             source,
             encoder,
             labels=labels,
-            pad_token_id=pad_token_id,
             max_samples=max_samples,
             bad_rows=(bad_rows := BadRows(field, data_config.on_bad_row)),
             truncate=data_config.truncate,
@@ -332,7 +347,7 @@ def _build_labeled(
     return DataBundle(
         train=train_data.dataset,
         eval=eval_data.dataset if eval_data else None,
-        collator=ClassificationCollator(pad_token_id),
+        collator=collator,
         format_name=train_data.format_name,
         num_trained_tokens=train_data.num_trained_tokens,
         sample_prompts=[],

@@ -113,20 +113,31 @@ class ClassificationCollator:
     Args:
         pad_token_id: the `pad_token_id` of the model: transformers' classifiers read the last token that is not it.
         pad_to_multiple_of: as for `CausalCollator`.
+        max_tokens: T is never more: the model has no further positions; None: no limit.
     """
 
     pad_token_id: int
     pad_to_multiple_of: int = 8
+    max_tokens: int | None = None
 
     def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        """Collate B samples with `input_ids` and `label`.
+        """Collate B samples with `input_ids` and `label`, and perhaps `token_type_ids`.
 
         Returns:
-            `input_ids` and `attention_mask` (1 on the sample, 0 on padding), int64 [B, T]; `labels`, int64 [B].
+            `input_ids` and `attention_mask` (1 on the sample, 0 on padding), int64 [B, T]; `labels`, int64 [B];
+            `token_type_ids` (0 on padding), int64 [B, T], where the samples have them.
         """
         input_ids_BT, attention_mask_BT = _pad(samples, self.pad_token_id, self.pad_to_multiple_of)
         labels_B = torch.tensor([sample["label"] for sample in samples], dtype=torch.int64)
-        return {"input_ids": input_ids_BT, "attention_mask": attention_mask_BT, "labels": labels_B}
+        batch = {"input_ids": input_ids_BT, "attention_mask": attention_mask_BT}
+        if "token_type_ids" in samples[0]:
+            batch["token_type_ids"] = torch.zeros_like(input_ids_BT)
+            for position, sample in enumerate(samples):
+                types = torch.as_tensor(sample["token_type_ids"], dtype=torch.int64)
+                batch["token_type_ids"][position, : len(types)] = types
+        if self.max_tokens is not None:
+            batch = {name: tensor_BT[:, : self.max_tokens] for name, tensor_BT in batch.items()}
+        return {**batch, "labels": labels_B}
 
 
 def _pad(samples: Sequence[Mapping[str, Any]], pad_token_id: int, multiple: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -100,24 +100,31 @@ def _exchange(asked: str, answered: str, row: Row) -> Conversation:
     return Conversation(messages, row.location)
 
 
-def labeled_sample(row: Row) -> LabeledText:
-    """A text or a pair of texts, and its `label`: text, or an integer, which is taken as text.
+TEXT_PAIRS = (
+    ("sentence1", "sentence2"),
+    ("premise", "hypothesis"),
+    ("question1", "question2"),
+    ("question", "sentence"),
+    ("text", "text_pair"),
+)
+"""Fields of the two texts of a pair: those of GLUE, and transformers' own words."""
 
-    A pair becomes one text of two lines: what a plain tokenizer is given later, whatever it makes of pairs.
-    """
+
+def labeled_sample(row: Row) -> LabeledText:
+    """A text or a pair of texts, and its `label`: text, or an integer, which is taken as text."""
     names = row.fields
-    if "sentence1" in names:
-        text = f"{learned_field(row, 'sentence1')}\n{text_field(row, 'sentence2')}"
-    elif "text" in names or "sentence" in names:
-        text = learned_field(row, "text" if "text" in names else "sentence")
-        if "text" in names and names.get("text_pair") is not None:
-            text = f"{text}\n{text_field(row, 'text_pair')}"
-    else:
+    first, second = next((pair for pair in TEXT_PAIRS if names.keys() >= set(pair)), ("", ""))
+    if first and names[second] is not None:
+        return LabeledText(learned_field(row, first), _label(row), row.location, pair=text_field(row, second))
+    half = next((pair for pair in TEXT_PAIRS[:3] if pair[0] in names), None)
+    if half is not None:
+        text_field(row, half[1])  # raises: it is missing or null
+    if "text" not in names and "sentence" not in names:
         raise UserError(
             f"{row.location}: no text to classify; the fields there are {', '.join(map(str, names)) or 'none'}. "
-            "Expected `text` (with or without `text_pair`), `sentence`, or `sentence1` and `sentence2`."
+            "Expected `text` or `sentence`, or of pairs " + "; ".join(map(" and ".join, TEXT_PAIRS)) + "."
         )
-    return LabeledText(text, _label(row), row.location)
+    return LabeledText(learned_field(row, "text" if "text" in names else "sentence"), _label(row), row.location)
 
 
 def _label(row: Row) -> str:

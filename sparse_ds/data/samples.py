@@ -44,11 +44,12 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class LabeledText:
-    """A text of which the label is learned."""
+    """A text, or a pair of texts, of which the label is learned."""
 
     text: str
     label: str
     location: str
+    pair: str | None = None
 
 
 Sample = PromptCompletion | Conversation | Text

@@ -26,7 +26,7 @@ from sparse_ds.distributed import process_group
 from sparse_ds.distributed.turns import turn
 from sparse_ds.embedded import resolve_model
 from sparse_ds.model.base_checkpoint import BIN, SAFETENSORS, TOKENIZER_FILES, read_index, read_json
-from sparse_ds.model.build import check_model_type
+from sparse_ds.model.kinds import check_model_type
 
 logger = logging.getLogger(__name__)
 

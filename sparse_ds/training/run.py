@@ -30,7 +30,7 @@ from sparse_ds.checkpoint.run_folder import find_checkpoint, remove_checkpoints_
 from sparse_ds.config import RunConfig, UserError
 from sparse_ds.config.errors import STOPPED_EXIT_CODE, RunStoppedError
 from sparse_ds.config.methods import all_methods
-from sparse_ds.data import DataBundle, SamplePrompt, build_datasets
+from sparse_ds.data import ClassifierInputs, DataBundle, SamplePrompt, build_datasets
 from sparse_ds.data.fingerprint import dataset_fingerprint
 from sparse_ds.data.named_templates import exported_template
 from sparse_ds.data.packing import PackedDataset
@@ -47,6 +47,7 @@ from sparse_ds.model.base_checkpoint import BaseCheckpoint
 from sparse_ds.model.build import read_architecture
 from sparse_ds.model.classification_head import Classification, find_label_word_ids
 from sparse_ds.model.find_base_model import find_base_model, require_same_base
+from sparse_ds.model.kinds import check_task, input_facts
 from sparse_ds.model.tokenizer import load_tokenizer
 from sparse_ds.monitor.memory import memory_gib
 from sparse_ds.monitor.metrics_log import MetricsLog, drop_records_after
@@ -170,7 +171,7 @@ class _Training:
         self.adapter_config: AdapterConfig | None = None
         self.answers = _Answers()
         self.heldout_before: float | None = None
-        self.accuracy_before: float | None = None
+        self.scores_before: dict[str, float] = {}
         self.resumed: Checkpoint | None = None
         self.weight_states: WeightStates | None = None
         self.estimation: EstimationPhase | None = None
@@ -180,7 +181,8 @@ class _Training:
         with process_group.agreement("reading the data", is_long=True):
             plan = config.batch_plan(self.launch.world_size)
             checkpoint = BaseCheckpoint(self.base_folder)
-            read_architecture(checkpoint)
+            check_task(checkpoint.config, checkpoint.folder, config.model.task)
+            architecture = read_architecture(checkpoint)
             fingerprint = checkpoint.fingerprint()
             self.tokenizer = load_tokenizer(self.base_folder)
             self.data: DataBundle = build_datasets(
@@ -189,6 +191,7 @@ class _Training:
                 task=config.model.task,
                 seed=config.train.seed,
                 global_batch_size=plan.global_batch_size,
+                classifier_inputs=ClassifierInputs(**input_facts(architecture)),
                 num_sample_prompts=config.monitor.num_sample_prompts,
                 show_progress=self.is_main,
                 cache_folder=self._cache_folder(),
@@ -347,7 +350,8 @@ class _Training:
             return
         if self.data.eval is not None:
             before = self.trainer.evaluate()
-            self.heldout_before, self.accuracy_before = before["eval_loss"], before.get("eval_accuracy")
+            self.heldout_before = before["eval_loss"]
+            self.scores_before = (self.metrics.heldout_at(0) or (None, {}))[1]
         if prompt is not None:
             self.answers = _Answers(prompt, before=self._answer(prompt))
 
@@ -405,7 +409,7 @@ class _Training:
         self.trainer.release_gathered()
         with process_group.agreement("restoring the report"):
             try:
-                self.heldout_before, self.accuracy_before = report["heldout_before"], report["accuracy_before"]
+                self.heldout_before, self.scores_before = report["heldout_before"], report["scores_before"]
                 self.index_hash = report["index_hash"]
                 self._note_births(_births(report.get(REPORT_KEY)))
                 self.answers = _Answers(prompt, before=report["answer_before"])
@@ -429,7 +433,7 @@ class _Training:
         """What a resumed run needs to report the whole run."""
         return {
             "heldout_before": self.heldout_before,
-            "accuracy_before": self.accuracy_before,
+            "scores_before": self.scores_before,
             "answer_before": self.answers.before,
             "index_hash": self.index_hash,
             REPORT_KEY: None if self.adapter_config is None else self.adapter_config.model_dump(mode="json"),
@@ -472,12 +476,13 @@ class _Training:
         return answer
 
     def _summarize(self) -> RunSummary:
-        heldout_after = accuracy_after = None
+        heldout_after: float | None = None
+        scores_after: dict[str, float] = {}
         if self.data.eval is not None:
             step = self.trainer.state.global_step
             if self.metrics.heldout_at(step) is None:
                 self.trainer.evaluate()
-            heldout_after, accuracy_after = self.metrics.heldout_at(step) or (None, None)
+            heldout_after, scores_after = self.metrics.heldout_at(step) or (None, {})
         for line in self.checkpoints.describe():
             logger.info("%s", line)
         if self.answers.prompt is not None:
@@ -501,8 +506,8 @@ class _Training:
             reference_answer=prompt.reference if prompt else None,
             adapter_dir=str(self.output.adapter) if self.prepared.layers else None,
             merged_dir=None,
-            heldout_accuracy_before=self.accuracy_before,
-            heldout_accuracy_after=accuracy_after,
+            heldout_scores_before=self.scores_before or None,
+            heldout_scores_after=scores_after or None,
             num_skipped_steps=self.skipped.num_skipped,
         )
 

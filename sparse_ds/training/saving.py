@@ -45,6 +45,7 @@ def describe_adapter(config: RunConfig, prepared: PreparedModel, base: BaseCheck
         task=config.model.task,
         labels=None if classification is None else classification.labels,
         pad_token_id=None if classification is None else classification.pad_token_id,
+        instruction=config.data.instruction,
     )
 
 

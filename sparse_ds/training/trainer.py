@@ -151,17 +151,15 @@ class SparseTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Held-out loss, and accuracy of a classification; the log entries are `<prefix>_loss`, `<prefix>_accuracy`.
+        """Held-out loss, and scores of a classification; the log entries are `<prefix>_loss`, `<prefix>_accuracy`, ...
 
         Collectives: those of `heldout_loss`; every rank must call it.
         """
         result = self.heldout_result()
         metrics = {f"{metric_key_prefix}_loss": result.loss}
-        if result.accuracy is None:
-            metrics[f"{metric_key_prefix}_num_tokens"] = result.num_counted
-        else:
-            metrics[f"{metric_key_prefix}_accuracy"] = result.accuracy
-            metrics[f"{metric_key_prefix}_num_samples"] = result.num_counted
+        metrics |= {f"{metric_key_prefix}_{name}": score for name, score in result.scores.items()}
+        counted = "num_samples" if result.scores else "num_tokens"
+        metrics[f"{metric_key_prefix}_{counted}"] = result.num_counted
         if result.hidden_delta_fraction is not None:
             metrics[f"{metric_key_prefix}_hidden_delta_fraction"] = result.hidden_delta_fraction
         self.log(dict(metrics))

@@ -320,7 +320,7 @@ DATA: dict[str, tuple[Prepare, str]] = {
     ),
     "attention without its package": (
         only("model.attention=flash_attention_2"),
-        r"model\.attention: got flash_attention_2, which cannot be used here .* set model\.attention to sdpa",
+        r"model\.attention: got flash_attention_2, which cannot be used here .* set model\.attention to auto",
     ),
     "GPU without one": (only("train.device=cuda"), r'train\.device: got "cuda", but torch finds no GPU here; expected'),
 }

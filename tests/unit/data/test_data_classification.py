@@ -36,6 +36,9 @@ def ids_of(text: str) -> list[int]:
         ({"text": "x", "text_pair": "y"}, "x\ny"),
         ({"text": "x", "text_pair": None}, "x"),
         ({"sentence1": "x", "sentence2": "y"}, "x\ny"),
+        ({"premise": "x", "hypothesis": "y"}, "x\ny"),
+        ({"question1": "x", "question2": "y"}, "x\ny"),
+        ({"question": "x", "sentence": "y"}, "x\ny"),
     ],
 )
 def test_fields(write_jsonl: Writer, tokenizer: PreTrainedTokenizerFast, fields: dict[str, Any], text: str) -> None:
@@ -94,6 +97,8 @@ def test_what_pads_is_taken_from_the_end(
         ({"text": "x", "label": ""}, r'line 2: field "label" is str'),
         ({"text": " ", "label": 1}, r'line 2: field "text" is empty'),
         ({"sentence1": "x", "label": 1}, r'line 2: field "sentence2" is missing'),
+        ({"premise": "x", "label": 1}, r'line 2: field "hypothesis" is missing'),
+        ({"sentence1": "x", "sentence2": None, "label": 1}, r'line 2: field "sentence2" is null'),
         ({"question": "x", "label": 1}, r"line 2: no text to classify; the fields there are question, label"),
     ],
 )
