@@ -156,9 +156,9 @@ def _set_up_logging(rank: int, local_rank: int, stream: TextIO | None = None) ->
     ours.handlers = [handler]
     ours.propagate = False
     ours.setLevel(logging.INFO if rank == 0 else logging.ERROR)
-    # Every machine downloads the base model, and says so once.
-    download = logging.getLogger("sparse_ds.model.find_base_model")
-    download.setLevel(logging.INFO if local_rank == 0 else logging.ERROR)
+    # Every machine downloads the base model and tokenizes the data, and says so once.
+    for name in ("sparse_ds.model.find_base_model", "sparse_ds.data.token_cache"):
+        logging.getLogger(name).setLevel(logging.INFO if local_rank == 0 else logging.ERROR)
     # DeepSpeed calls collectives by names that torch has begun to rename.
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*torch.distributed.*is deprecated")
     # Libraries speak only when something is wrong. accelerate's warnings are about settings that the run

@@ -57,6 +57,8 @@ class AdapterConfig(BaseModel):
     """Of a classification, in the order of the head's rows."""
     pad_token_id: int | None = None
     """Of a classification: transformers reads the last token that is another one."""
+    instruction: str | None = None
+    """Of a classification: the text around every sample, with {text} in its place (`data.instruction`)."""
     birth_steps: dict[int, int] | None = None
     """Optimizer step at which the age of a weight began -> how many weights; None: not known."""
 

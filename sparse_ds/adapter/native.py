@@ -5,7 +5,7 @@
       adapter_model.safetensors     <module>.indices  int32 [K]  flat row-major positions, unique and ascending
                                                       (int64 where the matrix has 2^31 weights or more)
                                     <module>.values   fp32 [K]   merged weight = round(fp32 w + fp32 value)
-                                    <tensor>          fp32       the head of a classification: `score.weight`
+                                    <tensor>          fp32       the head of a classification: `score.weight`, ...
                                     with index_encoding "delta", instead of indices:
                                     <module>.index_gaps  uint8 [B]  see `sparse.index_gaps`
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from sparse_ds.config.data_conflicts import data_sources, find_data_conflicts
 from sparse_ds.config.deepspeed_section import find_deepspeed_problems
 from sparse_ds.config.methods import all_methods
 
@@ -75,6 +76,8 @@ def find_conflicts(sections: Mapping[str, Any]) -> list[str]:
     if model is not None:
         found += _model_conflicts(model, method, train)
         found += _task_conflicts(model, data)
+    if data is not None:
+        found += find_data_conflicts(data, model, train)
     if train is not None:
         found += _train_conflicts(train, checkpoint)
         found += _best_conflicts(train, checkpoint, data)
@@ -103,6 +106,8 @@ def find_warnings(sections: Mapping[str, Any]) -> list[str]:
         for key, default in (("base_weights", "dequantized"), ("verify", False)):
             if getattr(export, key) != default:
                 found.append(f"export.{key} has no effect: export.merged is false.")
+    if not data.cache and data.cache_dir is not None:
+        found.append("data.cache_dir has no effect: data.cache is false.")
     if data.eval is None:
         if train.eval_interval_steps is not None:
             found.append("train.eval_interval_steps has no effect: data.eval is null.")
@@ -148,19 +153,19 @@ def _model_conflicts(model: ModelConfig, method: MethodConfig | None, train: Tra
     if model.attention == "flash_attention_2" and model.dtype == "float32":
         yield (
             "model.attention: got flash_attention_2, which computes in 16 bits only, with model.dtype float32. Set "
-            "model.dtype to bfloat16 or model.attention to sdpa."
+            "model.dtype to bfloat16 or model.attention to auto."
         )
     if model.attention == "flash_attention_2" and train is not None and train.device == "cpu":
         yield (
             "model.attention: got flash_attention_2, which needs a GPU, with train.device cpu. Set model.attention to "
-            "sdpa."
+            "auto."
         )
 
 
 def find_idle_task_keys(model: ModelConfig) -> dict[str, tuple[str, ...]]:
     """Section -> keys that only another task, or another initialization of its head, uses."""
     if model.task == "causal_lm":
-        return {"model": ("head_initialization", "label_words"), "data": ("labels",)}
+        return {"model": ("head_initialization", "label_words"), "data": ("labels", "instruction")}
     return {} if model.head_initialization == "label_words" else {"model": ("label_words",)}
 
 
@@ -177,8 +182,19 @@ def _task_conflicts(model: ModelConfig, data: DataConfig | None) -> Iterator[str
     if data is not None and data.format != "auto" and is_classification != (data.format == "classification"):
         expected = "auto or classification" if is_classification else "another one"
         yield f"data.format: got {data.format}, expected {expected} with model.task {model.task}."
+    if data is not None and data.packing and is_classification:
+        yield (
+            "data.packing: got true, expected false with model.task sequence_classification, which reads the last "
+            "token of a row."
+        )
     if model.head_initialization == "label_words" and is_classification and model.label_words is None:
         yield "model.label_words: missing, and model.head_initialization label_words needs a word per label. Give them."
+    instruction = None if data is None else data.instruction
+    if instruction is not None and "{text}" not in instruction:
+        yield (
+            f"data.instruction: got {instruction!r}, expected a text with {{text}} in it, where the sample goes. Add "
+            "it."
+        )
     labels = None if data is None else data.labels
     if labels is not None and len(set(labels)) < len(labels):
         repeated = next(label for label in labels if labels.count(label) > 1)
@@ -247,8 +263,9 @@ def _path_conflicts(
 ) -> Iterator[str]:
     places = {
         "model.name_or_path": model and model.name_or_path,
-        "data.train": data and data.train,
-        "data.eval": data and data.eval,
+        **(dict(data_sources(data)) if data is not None else {}),
+        "data.template": data and data.template,
+        "data.cache_dir": data and data.cache_dir,
         "train.output_dir": train and train.output_dir,
         "checkpoint.resume": checkpoint and checkpoint.resume,
     }

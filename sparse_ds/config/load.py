@@ -10,7 +10,7 @@ import difflib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -153,11 +153,12 @@ def _parse_value(parts: Sequence[str], text: str) -> Any:
         value = json.loads(text, object_pairs_hook=_refuse_duplicates, parse_constant=_refuse_constant)
     except (ValueError, RecursionError):
         return text
-    # Where only text is possible, 2024 is the folder or revision of that name.
-    return text if value is not None and _takes_only_text(parts) and not isinstance(value, str) else value
+    # Where of all scalars only text is possible, 2024 is the folder or revision of that name.
+    is_other_scalar = value is not None and not isinstance(value, str | list | dict)
+    return text if is_other_scalar and _takes_text_of_scalars(parts) else value
 
 
-def _takes_only_text(parts: Sequence[str]) -> bool:
+def _takes_text_of_scalars(parts: Sequence[str]) -> bool:
     section = RunConfig.model_fields.get(parts[0])
     if section is None or len(parts) != 2 or not _is_model(section.annotation):
         return False
@@ -167,7 +168,7 @@ def _takes_only_text(parts: Sequence[str]) -> bool:
         return False
     options = get_args(field.annotation) or (field.annotation,)
     plain = {get_args(option)[0] if get_args(option) else option for option in options}
-    return plain <= {str, type(None)}
+    return str in plain and all(option in (str, type(None)) or get_origin(option) is list for option in plain)
 
 
 def _is_model(annotation: Any) -> bool:

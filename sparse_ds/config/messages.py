@@ -125,6 +125,8 @@ def _describe_schema(spec: Mapping[str, Any], schema: Mapping[str, Any]) -> str:
 
 
 def _plural(item: Mapping[str, Any]) -> str:
+    if item.get("type") == "object":
+        return "{" + ", ".join(item["properties"]) + "}"
     return "names out of " + ", ".join(item["enum"]) if "enum" in item else "texts"
 
 

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from sparse_ds.config.conflicts import find_conflicts, find_idle_task_keys, find_warnings, idle_keys
+from sparse_ds.config.data_conflicts import find_idle_data_keys
 from sparse_ds.config.errors import UserError
 from sparse_ds.config.methods import all_methods
 
@@ -69,37 +70,84 @@ class ModelConfig(_Section):
     """Quantize the NF4 statistics too (0.37 bits less per weight)."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """The dtype in which the model computes and in which everything that is not quantized is kept."""
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    """The attention implementation of transformers; `flash_attention_2` needs the flash-attn package and a GPU."""
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    """The attention implementation of transformers; `auto`: `sdpa` where the architecture has it, else `eager`
+    (Gemma-2); `flash_attention_2` needs the flash-attn package and a GPU."""
     unused_tensors: list[Text] = []
     """Names (or patterns with * and ?) of tensors that the checkpoint holds and the architecture in its config.json
     does not have. Any other such tensor is refused: without it the model would be another one."""
     task: Literal["causal_lm", "sequence_classification"] = "causal_lm"
-    """`causal_lm`: the next token; `sequence_classification`: one label per text, by a linear head on the last token,
-    which takes the place of the vocabulary and trains as a whole."""
+    """`causal_lm`: the next token; `sequence_classification`: one label per text, by the head of transformers' own
+    classifiers, which trains as a whole: a linear layer on the last token, in place of the vocabulary; of BERT the
+    pooler and a linear layer, of RoBERTa two linear layers, on the first token."""
     head_initialization: Literal["normal", "label_words"] = "normal"
-    """The head before training: `normal` with mean 0 and standard deviation 0.06 / sqrt(hidden size), or `label_words`:
-    row i is the vocabulary's row of the first token of word i; `sequence_classification` only."""
+    """The head before training: `normal` with mean 0 and standard deviation 0.06 / sqrt(hidden size) (encoders: the
+    `initializer_range` of config.json), or `label_words`: row i is the vocabulary's row of the first token of word i
+    (decoders only); `sequence_classification` only."""
     label_words: Annotated[list[Text], Field(min_length=2)] | None = None
     """One word per label, in the order of the labels, for `model.head_initialization` label_words; else null."""
+
+
+class DataPart(_Section):
+    """One source of a mixture. With neither `weight` nor `num_samples` every sample is used once an epoch."""
+
+    source: Text
+    """As `data.train` names one source."""
+    weight: Annotated[float, Field(gt=0)] | None = None
+    """How often each sample is used an epoch, above 0: 0.5 is a random half, 2.5 all twice and a random half again.
+    With `data.streaming` it is the source's share of the samples, relative to the other weights; null: 1."""
+    num_samples: PositiveInt | None = None
+    """Instead of a weight: so many samples an epoch, drawn at random; all are used before one is used again."""
+    format: Literal["auto", "alpaca", "prompt_completion", "messages", "sharegpt", "text"] | None = None
+    """How one record of this source is laid out; null: `data.format`."""
 
 
 class DataConfig(_Section):
     """What is learned and what is held out."""
 
-    train: Text = "embedded:train"
-    """A file (JSONL, JSON, CSV, Parquet, text), a saved dataset folder, `owner/name` on the hub, or `embedded:train`. A
-    relative path is relative to the working directory."""
+    train: Text | Annotated[list[DataPart], Field(min_length=1)] = "embedded:train"
+    """A file (JSONL, JSON, CSV, Parquet, text), a folder of such files, a saved dataset folder, `owner/name` on the
+    hub, or `embedded:train`; or a list of {"source", "weight" or "num_samples", "format"}: a mixture. A relative path
+    is relative to the working directory."""
     eval: Text | None = "embedded:eval"
     """The held-out data, named like `data.train`; null: no evaluation."""
-    format: Literal["auto", "alpaca", "prompt_completion", "messages", "text", "classification"] = "auto"
+    format: Literal["auto", "alpaca", "prompt_completion", "messages", "sharegpt", "text", "classification"] = "auto"
     """How one record is laid out; `auto` tells it by the names of its fields."""
+    template: Text = "auto"
+    """The text around a sample. `auto`: Alpaca's prompt for `alpaca`, none for `prompt_completion`, the tokenizer's
+    chat template for conversations. `tokenizer`: its chat template for all of them. `alpaca`, `chatml`, `llama-2`,
+    `mistral` or the path of a Jinja file: that chat template for all of them, and in the exported tokenizer."""
     labels: Annotated[list[Text], Field(min_length=2)] | None = None
-    """The labels of a classification in the order of the head's rows; null: those of the training data, sorted."""
+    """The labels of a classification in the order of the head's rows; null: those of the training data, sorted. Of two
+    labels the second is the positive one (F1)."""
+    instruction: Text | None = None
+    """Of a classification: a text around every sample, with {text} in its place, and perhaps {text_pair} in that of the
+    second text of a pair; null: the sample alone."""
     sequence_length: Annotated[int, Field(ge=2)] = 2048
-    """The longest sample, in tokens; what is longer is cut."""
+    """The longest sample, in tokens."""
+    truncate: bool = True
+    """Samples above `data.sequence_length` lose their end, and those that lose all that could be learned are left out
+    and counted; false: samples above it are bad rows (`data.on_bad_row`)."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """A row that cannot be used (broken, without a field, refused by the template, nothing to learn): `error` ends the
+    run before training, `skip` leaves such rows out, counts them and names the first. With `data.streaming` a row is
+    found bad when it is read, in the middle of the run."""
+    streaming: bool = False
+    """Read and tokenize the training data while training, in the order of the source but for `data.shuffle_buffer`,
+    instead of before; needs `train.max_steps`. The end of a source is followed by its beginning."""
+    shuffle_buffer: PositiveInt = 10_000
+    """With `data.streaming`: each sample is drawn from the next so many rows of its source; 1: its order stays."""
     num_eval_samples: PositiveInt | None = None
     """At most so many samples of `data.eval` are used; null: all."""
+    packing: bool = False
+    """Put several training samples into one row of `data.sequence_length` tokens; no sample is cut, and none sees
+    another. Batch sizes then count rows. `causal_lm` only."""
+    cache: bool = True
+    """Keep the tokenized data on disk: one process of each machine makes it, the others and later runs read it. false:
+    every process tokenizes for itself, in memory."""
+    cache_dir: Text | None = None
+    """The folder for tokenized data, about 8 bytes a token; null: `sparse_ds` in the cache folder of `datasets`
+    (HF_DATASETS_CACHE). A relative path is relative to the working directory."""
 
 
 class MethodConfig(_Section):
@@ -366,6 +414,7 @@ class RunConfig(_Section):
 def _find_idle_keys(config: RunConfig) -> dict[str, tuple[str, ...]]:
     """Section -> keys that this run does not use because another key chose their alternative."""
     idle = {**idle_keys(config.method.name), **find_idle_task_keys(config.model)}
+    idle["data"] = (*idle.get("data", ()), *find_idle_data_keys(config.data, config.model))
     if config.train.max_steps is not None:
         idle["train"] = ("num_epochs",)
     return idle

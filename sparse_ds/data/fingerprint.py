@@ -8,19 +8,25 @@ import pyarrow  # type: ignore[import-untyped]
 import pyarrow.compute  # type: ignore[import-untyped]
 from datasets import Dataset
 
+from sparse_ds.data.streaming import StreamedDataset
+
 _ROWS_AT_ONCE = 1000
 
 
-def dataset_fingerprint(dataset: Dataset) -> str:
+def dataset_fingerprint(dataset: Dataset | StreamedDataset) -> str:
     """sha256 over all rows in their order: names of the columns, lengths of the lists and their numbers.
+
+    Of a stream it is what can be known without reading it, see there.
 
     How the rows are cut into chunks, files and the source's name have no effect.
 
     Args:
-        dataset: columns of integers or of lists of integers.
+        dataset: columns of integers or of lists of integers; or a stream.
 
     Memory: some thousand rows.
     """
+    if isinstance(dataset, StreamedDataset):
+        return dataset.fingerprint()
     columns = {name: (hashlib.sha256(), hashlib.sha256()) for name in sorted(dataset.column_names)}
     for table in dataset.with_format("arrow").iter(_ROWS_AT_ONCE):
         for name, (lengths, numbers) in columns.items():

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sparse_ds.config.errors import UserError
-from sparse_ds.data.formats import FORMATS, PromptCompletion, Sample, Text
+from sparse_ds.data.formats import FORMATS
 from sparse_ds.data.reading import Row
+from sparse_ds.data.samples import PromptCompletion, Sample, Text
 from sparse_ds.data.templates import render_conversation
 from sparse_ds.data.tokenization import SampleEncoder
 
@@ -60,7 +61,7 @@ def prompt_of_sample(tokenizer: PreTrainedTokenizerBase, encoder: SampleEncoder,
     if isinstance(sample, Text):
         return prompt_of_text(tokenizer, encoder.prompt_ids(sample.text))
     first = next(number for number, message in enumerate(sample.messages) if message["role"] == "assistant")
-    asked = render_conversation(tokenizer, sample.messages[:first], sample.location, add_generation_prompt=True)
+    asked = render_conversation(tokenizer, sample, first, add_generation_prompt=True)
     return SamplePrompt(encoder.rendered_ids(asked), asked, sample.messages[first]["content"])
 
 

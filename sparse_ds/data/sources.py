@@ -4,11 +4,11 @@
 |---|---|
 | `embedded:train`, `embedded:eval` | the instruction data that comes with the project |
 | a file | `.jsonl` `.ndjson` `.json` `.csv` `.tsv` `.parquet` `.txt`, relative to the working directory |
-| a folder | written by `Dataset.save_to_disk` or `DatasetDict.save_to_disk` |
-| `owner/name` | a data set of the Hugging Face hub |
+| a folder | of such files (`folders`), or written by `Dataset.save_to_disk` or `DatasetDict.save_to_disk` |
+| `owner/name`, `owner/name@config` | a data set of the Hugging Face hub, and one of its configurations |
 
-A `DatasetDict` folder and a hub data set have splits: `folder:validation`, `owner/name:train[:1000]` name one. Without
-it the caller's default is used (`train` for training, `validation` for evaluation), never another in its place.
+Some folders and hub data sets have splits: `folder:validation`, `owner/name:train[:1000]` name one. Without it the
+caller's default is used (`train` for training, `validation` for evaluation), never another in its place.
 """
 
 from __future__ import annotations
@@ -16,19 +16,26 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import datasets
 
 from sparse_ds.config.errors import UserError
+from sparse_ds.data.folders import find_files
 from sparse_ds.data.reading import KNOWN_SUFFIXES, ROW_READERS, TEXT_SUFFIX, Row, read_text
 from sparse_ds.embedded import resolve_data
 
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_HUB_NAME = re.compile(r"(?P<path>[A-Za-z0-9][\w.-]*/[\w.-]+)(@(?P<config>[\w.-]+))?")
 _NAME_AND_SPLIT = re.compile(r"(?P<name>[^:]+):(?P<split>[\w.-]+(\[.*\])?)")
 _KNOWN = " ".join(KNOWN_SUFFIXES)
+
+
+class OpenRows(Protocol):
+    """Starts one pass over the rows; with `keep_broken`, those that cannot be read are among them."""
+
+    def __call__(self, *, keep_broken: bool = False) -> Iterator[Row]: ...
 
 
 class RowSource:
@@ -38,44 +45,58 @@ class RowSource:
         name: what the user gave, for messages.
         field: the config field that gave it, for messages.
         open_rows: starts one pass over the rows.
+        contents: files that hold the rows, and texts that tell which of their rows are meant; empty: not known.
+
+    Attributes:
+        first: the first row that can be read.
 
     Raises:
-        UserError: there is no row at all, or the first cannot be read.
+        UserError: there is no row at all, or none can be read.
     """
 
-    def __init__(self, name: str, field: str, open_rows: Callable[[], Iterator[Row]]) -> None:
-        self.name = name
+    def __init__(self, name: str, field: str, open_rows: OpenRows, contents: Sequence[Path | str] = ()) -> None:
+        self.name, self.contents = name, tuple(contents)
         self._open_rows = open_rows
-        first = next(iter(self), None)
-        if first is None:
-            raise UserError(f"{field}: {name} is empty: it holds no sample. Give a file with at least one.")
-        self.first = first
+        broken = None
+        for row in self.with_broken():
+            if row.broken is None:
+                self.first = row
+                return
+            broken = broken or row.broken
+        raise broken or UserError(f"{field}: {name} is empty: it holds no sample. Give a file with at least one.")
 
     def __iter__(self) -> Iterator[Row]:
+        """All rows; one that cannot be read raises."""
         return self._open_rows()
+
+    def with_broken(self) -> Iterator[Row]:
+        """All rows, those that cannot be read included."""
+        return self._open_rows(keep_broken=True)
 
 
 class TextSource:
-    """One running text.
+    """Running text: of a file, or of all `.txt` files of a folder, each from its own beginning.
 
     Raises:
-        UserError: the file is empty or blank, or not UTF-8.
+        UserError: a file is empty or blank, or not UTF-8.
     """
 
-    def __init__(self, name: str, field: str, path: Path) -> None:
+    def __init__(self, name: str, field: str, *paths: Path) -> None:
         self.name = name
-        self.text = read_text(path)
-        if not self.text.strip():
-            raise UserError(f"{field}: {name} is empty: it holds no text. Give a file with some.")
+        self.texts = tuple(map(read_text, paths))
+        for path, text in zip(paths, self.texts, strict=True):
+            if not text.strip():
+                raise UserError(f"{field}: {path} is empty: it holds no text. Give a file with some.")
 
 
-def open_source(source: str | Path, *, field: str, split: str) -> RowSource | TextSource:
+def open_source(source: str | Path, *, field: str, split: str, streaming: bool = False) -> RowSource | TextSource:
     """Find what `source` names and look at its beginning.
 
     Args:
         source: a name from the table above.
         field: the config field that gave it, for messages.
         split: the split to read where there are several and `source` names none.
+        streaming: read a hub data set over the network as it is used, instead of downloading it first.
 
     Raises:
         UserError: nothing there (with the nearest name), a suffix or folder of an unknown kind, an unknown split, an
@@ -104,33 +125,50 @@ def open_source(source: str | Path, *, field: str, split: str) -> RowSource | Te
         if path.is_file():
             raise UserError(f"{field}: {path} is a file and has no split {split!r}. Write the path alone.")
     if _is_hub_name(name):
-        return _open_hub(name, field, split)
+        return _open_hub(name, field, split, streaming=streaming)
     raise _missing(name, path, field)
 
 
 def _open_file(path: Path, field: str) -> RowSource | TextSource:
-    if not os.access(path, os.R_OK):
-        raise UserError(f"{field}: {path} may not be read. Check its permissions.")
+    _check_readable(path, field)
     suffix = path.suffix.lower()
     if suffix == TEXT_SUFFIX:
         return TextSource(str(path), field, path)
-    reader = ROW_READERS.get(suffix)
-    if reader is None:
+    if suffix not in ROW_READERS:
         raise UserError(
             f"{field}: {path} has the suffix {suffix or 'none'!r}, expected one of {_KNOWN}. Convert or rename it."
         )
-    return RowSource(str(path), field, lambda: reader(path))
+    return _file_rows(str(path), field, [path])
 
 
-def _open_folder(path: Path, field: str, split: str) -> RowSource:
+def _check_readable(path: Path, field: str) -> None:
+    if not os.access(path, os.R_OK):
+        raise UserError(f"{field}: {path} may not be read. Check its permissions.")
+
+
+def _file_rows(name: str, field: str, paths: Sequence[Path]) -> RowSource:
+    def rows(*, keep_broken: bool = False) -> Iterator[Row]:
+        for path in paths:
+            yield from ROW_READERS[path.suffix.lower()](path, keep_broken=keep_broken)
+
+    return RowSource(name, field, rows, paths)
+
+
+def _open_folder(path: Path, field: str, split: str) -> RowSource | TextSource:
     has = {name: (path / name).is_file() for name in ("dataset_dict.json", "dataset_info.json", "state.json")}
     if not (has["dataset_dict.json"] or (has["dataset_info.json"] and has["state.json"])):
-        inside = sorted(entry.name for entry in path.iterdir() if entry.suffix.lower() in KNOWN_SUFFIXES)
-        hint = f" Name one of its files: {', '.join(inside[:8])}." if inside else ""
-        raise UserError(
-            f"{field}: the folder {path} was not written by datasets' save_to_disk (no dataset_dict.json, or "
-            f"dataset_info.json and state.json).{hint}"
-        )
+        files = find_files(path, field, split)
+        for file in files:
+            _check_readable(file, field)
+        is_text = [file.suffix.lower() == TEXT_SUFFIX for file in files]
+        if all(is_text):
+            return TextSource(str(path), field, *files)
+        if any(is_text):
+            raise UserError(
+                f"{field}: the folder {path} holds running text ({files[is_text.index(True)].name}) and rows "
+                f"({files[is_text.index(False)].name}). Put them into folders of their own."
+            )
+        return _file_rows(str(path), field, files)
     try:
         saved = datasets.load_from_disk(str(path))
     except Exception as error:
@@ -145,24 +183,33 @@ def _open_folder(path: Path, field: str, split: str) -> RowSource:
     return _dataset_rows(saved, str(path), field)
 
 
-def _open_hub(name: str, field: str, split: str) -> RowSource:
+def _open_hub(name: str, field: str, split: str, *, streaming: bool) -> RowSource:
+    match = _HUB_NAME.fullmatch(name)
+    assert match
+    arguments = [part for part in (match["path"], match["config"]) if part is not None]
+    settings: dict[str, Any] = {"streaming": True} if streaming else {}
     try:
-        dataset = datasets.load_dataset(name, split=split)
+        dataset = datasets.load_dataset(*arguments, split=split, **settings)
+        return _dataset_rows(dataset, f"{name}:{split}", field)
+    except UserError:
+        raise
     except Exception as error:
         raise UserError(
             f"{field}: {name} is no file or folder here, and the split {split!r} of a hub data set of that name cannot "
             f"be loaded: {_first_line(error)} Check the name and the network, name a split as {name}:train, or give a "
             f"file ({_KNOWN})."
         ) from None
-    return _dataset_rows(dataset, f"{name}:{split}", field)
 
 
 def _dataset_rows(dataset: Any, name: str, field: str) -> RowSource:
-    def rows() -> Iterator[Row]:
+    def rows(*, keep_broken: bool = False) -> Iterator[Row]:
         for number, fields in enumerate(dataset, start=1):
             yield Row(fields, f"{name}, row {number}")
 
-    return RowSource(name, field, rows)
+    contents: list[Path | str] = []
+    if isinstance(dataset, datasets.Dataset):
+        contents = [*(Path(file["filename"]) for file in dataset.cache_files), dataset._fingerprint]
+    return RowSource(name, field, rows, contents)
 
 
 def _is_hub_name(name: str) -> bool:
@@ -183,8 +230,8 @@ def _missing(name: str, path: Path, field: str) -> UserError:
     near = difflib.get_close_matches(path.name, names, n=1)
     hint = f"Did you mean {parent / near[0]}?" if near else f"Working directory: {Path.cwd()}."
     return UserError(
-        f"{field}: no such file: {name}. {hint} Expected a file ({_KNOWN}), a folder written by save_to_disk, "
-        "owner/name on the hub, embedded:train or embedded:eval."
+        f"{field}: no such file: {name}. {hint} Expected a file ({_KNOWN}), a folder of such files or "
+        "written by save_to_disk, owner/name on the hub, embedded:train or embedded:eval."
     )
 
 

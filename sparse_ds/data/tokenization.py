@@ -25,8 +25,13 @@ from itertools import takewhile
 from typing import TYPE_CHECKING, NamedTuple
 
 from sparse_ds.config.errors import UserError
-from sparse_ds.data.formats import Conversation, PromptCompletion, Sample, Text
-from sparse_ds.data.templates import marks_assistant_turns, render_conversation, tokenize_marked_conversation
+from sparse_ds.data.samples import Conversation, PromptCompletion, Sample, Text
+from sparse_ds.data.templates import (
+    leading_ids,
+    marks_assistant_turns,
+    render_conversation,
+    tokenize_marked_conversation,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -76,7 +81,7 @@ class SampleEncoder:
         self._tokenizer = tokenizer
         self.sequence_length = sequence_length
         self._eos: int = tokenizer.eos_token_id
-        self._leading_ids = _leading_ids(tokenizer)
+        self._leading_ids = leading_ids(tokenizer)
 
     def encode(self, samples: Sequence[Sample]) -> list[EncodedSample]:
         """Tokenize samples of any kind; the order is kept.
@@ -84,8 +89,17 @@ class SampleEncoder:
         Raises:
             UserError: the chat template refuses a conversation, or renders it so that its turns cannot be told apart.
         """
-        piece_ids = iter(self._tokenize([piece for sample in samples for piece in _pieces(sample)]))
         encoded = []
+        for result in self.try_encode(samples):
+            if isinstance(result, UserError):
+                raise result
+            encoded.append(result)
+        return encoded
+
+    def try_encode(self, samples: Sequence[Sample]) -> list[EncodedSample | UserError]:
+        """As `encode`, with the error in the place of a sample that has one."""
+        piece_ids = iter(self._tokenize([piece for sample in samples for piece in _pieces(sample)]))
+        encoded: list[EncodedSample | UserError] = []
         for sample in samples:
             if isinstance(sample, PromptCompletion):
                 prompt_ids = self._with_leading(next(piece_ids))
@@ -96,7 +110,10 @@ class SampleEncoder:
                 ids = self._with_eos(self._with_leading(next(piece_ids)))
                 encoded.append(self._cut(ids, list(ids)))
             else:
-                encoded.append(self._cut(*self._conversation(sample)))
+                try:
+                    encoded.append(self._cut(*self._conversation(sample)))
+                except UserError as error:
+                    encoded.append(error)
         return encoded
 
     def encode_stream(self, text: str) -> Iterator[EncodedSample]:
@@ -144,12 +161,12 @@ class SampleEncoder:
     def _conversation(self, sample: Conversation) -> tuple[list[int], list[int]]:
         """Ids and labels of a conversation; a last turn that the template leaves open is closed with EOS."""
         if marks_assistant_turns(self._tokenizer):
-            ids, trained = tokenize_marked_conversation(self._tokenizer, sample.messages, sample.location)
+            ids, trained = tokenize_marked_conversation(self._tokenizer, sample)
         else:
             ids, trained = self._conversation_by_prefixes(sample)
         if not any(trained):
             raise UserError(
-                f'{sample.location}: field "messages": the model\'s chat template leaves out what the assistant says '
+                f"{sample.location}: the chat template leaves out what the assistant says "
                 "or does not mark it, so there is nothing to learn. Use another template, or write the data as prompt "
                 "and completion."
             )
@@ -166,16 +183,15 @@ class SampleEncoder:
         that the template writes after the end-of-turn token. Boundaries are compared as token ids of the whole
         rendering; should a token span one, it belongs to the turn.
         """
-        messages, location = sample.messages, sample.location
-        turns = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
-        whole = render_conversation(self._tokenizer, messages, location)
+        turns = [number for number, message in enumerate(sample.messages) if message["role"] == "assistant"]
+        whole = render_conversation(self._tokenizer, sample)
         beginnings: list[str] = []
         for number in turns:
-            asked = render_conversation(self._tokenizer, messages[:number], location, add_generation_prompt=True)
-            beginnings += [asked, render_conversation(self._tokenizer, messages[: number + 1], location)]
+            asked = render_conversation(self._tokenizer, sample, number, add_generation_prompt=True)
+            beginnings += [asked, render_conversation(self._tokenizer, sample, number + 1)]
         if not all(whole.startswith(beginning) for beginning in beginnings):
             raise UserError(
-                f'{location}: field "messages": the model\'s chat template renders a turn differently once later ones '
+                f"{sample.location}: the chat template renders a turn differently once later ones "
                 "follow, so the assistant's words cannot be told apart. Use a template that marks them with "
                 "{% generation %}, or write the data as prompt and completion."
             )
@@ -201,16 +217,6 @@ def _pieces(sample: Sample) -> tuple[str, ...]:
     if isinstance(sample, PromptCompletion):
         return (sample.prompt, sample.completion)
     return (sample.text,) if isinstance(sample, Text) else ()
-
-
-def _leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The special tokens that the tokenizer puts in front of a text (it may put others behind it)."""
-    bare: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
-    full: list[int] = tokenizer("a")["input_ids"]
-    for start in range(len(full) - len(bare) + 1):
-        if full[start : start + len(bare)] == bare:
-            return full[:start]
-    return []
 
 
 def _num_common(left: Sequence[int], right: Sequence[int]) -> int:

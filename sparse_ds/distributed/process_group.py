@@ -17,6 +17,7 @@ from deepspeed.constants import default_pg_timeout
 
 from sparse_ds.config.errors import UserError
 from sparse_ds.distributed.last_collective import keep_few_records
+from sparse_ds.distributed.patience import wait_for_all
 
 T = TypeVar("T")
 
@@ -91,7 +92,7 @@ def gather(value: T) -> list[T]:
 
 
 @contextmanager
-def agreement(what: str) -> Iterator[None]:
+def agreement(what: str, *, is_long: bool = False) -> Iterator[None]:
     """All ranks leave this context together: if the body fails on some ranks, every rank raises.
 
     The body must not communicate. A `UserError` (or OSError) of any rank becomes the same `UserError` on every rank.
@@ -100,6 +101,8 @@ def agreement(what: str) -> Iterator[None]:
 
     Args:
         what: what the body does, for the message ("reading the data").
+        is_long: the body may take much longer on some ranks than on others: no rank enters the collective, whose time
+            is limited, before all have done theirs.
     """
     failure: Exception | None = None
     try:
@@ -110,6 +113,8 @@ def agreement(what: str) -> Iterator[None]:
         None if failure is None else (type(failure).__name__, str(failure), isinstance(failure, ValueError | OSError))
     )
     reports: list[tuple[str, str, bool] | None] = [report] * world_size()
+    if is_long:
+        wait_for_all(what)
     if torch.distributed.is_initialized():
         torch.distributed.all_gather_object(reports, report)
     failed = [(index, entry) for index, entry in enumerate(reports) if entry is not None]

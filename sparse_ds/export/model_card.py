@@ -56,6 +56,7 @@ def merged_model_card(
                 else [f"- labels: {', '.join(config.labels)}; their head trained as a whole"]
             ),
             "",
+            *([] if config.instruction is None else _instruction(config.instruction)),
             explained,
             "",
             "```python",
@@ -86,6 +87,12 @@ def dense_model_card(base_name: str, *, task: str = "causal_lm") -> str:
             "",
         ]
     )
+
+
+def _instruction(instruction: str) -> list[str]:
+    """What a text has to look like."""
+    quoted = [f"    {line}" for line in instruction.splitlines()]
+    return ["It was trained on texts of this form, with the sample in place of `{text}`:", "", *quoted, ""]
 
 
 def _model_class(task: str) -> str:

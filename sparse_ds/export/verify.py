@@ -23,6 +23,7 @@ from sparse_ds.export.merged import REPORT_FILE
 from sparse_ds.model.base_checkpoint import BaseCheckpoint
 from sparse_ds.model.find_base_model import find_base_model
 from sparse_ds.model.frozen_weight import nf4_round_trip
+from sparse_ds.model.kinds import input_facts
 from sparse_ds.model.stored_nf4 import find_stored_nf4
 
 NUM_SEQUENCES, SEQUENCE_LENGTH = 4, 64
@@ -118,7 +119,8 @@ def _run(model: Any, device: str) -> Tensor:
     """Logits in fp32 on the CPU, of tokens that are the same in every call."""
     model.eval()
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(model.config.vocab_size, (NUM_SEQUENCES, SEQUENCE_LENGTH), generator=generator)
+    length = min(SEQUENCE_LENGTH, input_facts(model.config)["max_tokens"] or SEQUENCE_LENGTH)
+    tokens = torch.randint(model.config.vocab_size, (NUM_SEQUENCES, length), generator=generator)
     logits: Tensor = model(tokens.to(device)).logits
     return logits.float().cpu()
 

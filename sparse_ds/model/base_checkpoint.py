@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from sparse_ds.config.errors import UserError
+from sparse_ds.model.tensor_names import names_in_model
 from sparse_ds.model.weight_files import BinFile, SafetensorsFile, StoredTensor, UnreadableFileError, WeightFile
 
 logger = logging.getLogger(__name__)
@@ -27,6 +28,7 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
     "vocab.json",
+    "vocab.txt",
     "merges.txt",
 )
 SAFETENSORS, BIN = "model.safetensors", "pytorch_model.bin"
@@ -34,6 +36,8 @@ SAFETENSORS, BIN = "model.safetensors", "pytorch_model.bin"
 
 class BaseCheckpoint:
     """Reads the weights of a base model from a local folder.
+
+    Tensors go by their names in the model that trains (`model.tensor_names`), whatever the files call them.
 
     Args:
         folder: with config.json and weights.
@@ -49,13 +53,16 @@ class BaseCheckpoint:
         """Bytes of tensors that were read so far (headers excluded)."""
         self._files: dict[str, WeightFile] = {}
         self._file_of: dict[str, str] = {}
+        self._stored_name: dict[str, str] = {}
         for weights in (SAFETENSORS, BIN):
             if (folder / f"{weights}.index.json").is_file():
-                self._file_of = self._check_index(f"{weights}.index.json")
+                stored = self._check_index(f"{weights}.index.json")
             elif (folder / weights).is_file():
-                self._file_of = dict.fromkeys(self._open(weights).tensors, weights)
+                stored = dict.fromkeys(self._open(weights).tensors, weights)
             else:
                 continue
+            self._stored_name = names_in_model(stored, self.config.get("model_type"))
+            self._file_of = {name: stored[stored_name] for name, stored_name in self._stored_name.items()}
             self.is_safetensors = weights == SAFETENSORS
             if not self.is_safetensors:
                 logger.warning(
@@ -84,7 +91,7 @@ class BaseCheckpoint:
 
     def stored(self, name: str) -> StoredTensor:
         """Dtype and shape of a tensor; nothing of it is read."""
-        return self._files[self._file_of[name]].tensors[name]
+        return self._files[self._file_of[name]].tensors[self._stored_name[name]]
 
     def read(self, name: str) -> Tensor:
         """One whole tensor as it is stored, on the CPU."""
@@ -99,7 +106,7 @@ class BaseCheckpoint:
         """
         file_name = self._file_of[name]
         try:
-            elements = self._files[file_name].read(name, start, stop)
+            elements = self._files[file_name].read(self._stored_name[name], start, stop)
         except UnreadableFileError as error:
             raise self._unreadable(file_name, error) from error
         self.bytes_read += elements.numel() * elements.element_size()

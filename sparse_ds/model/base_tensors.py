@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from sparse_ds.config.errors import UserError
 from sparse_ds.model.base_checkpoint import BaseCheckpoint
 from sparse_ds.model.filling import BaseTensor
+from sparse_ds.model.kinds import KINDS
 from sparse_ds.model.stored_nf4 import StoredNF4, find_stored_nf4
 
 logger = logging.getLogger(__name__)
@@ -90,8 +91,10 @@ def check_base(
     tied = _tied_copies(tensors, model)
     ignored = [*(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []), ROTARY_BUFFER]
     if model.get_output_embeddings() is None:
-        # A classifier has a head of its own in its place.
-        ignored.append(r"^lm_head\.weight$")
+        # A classifier has a head of its own in its place; parts of it may have come from the checkpoint.
+        kind = KINDS[model.config.model_type]
+        ignored += kind.other_heads
+        used.update(f"{name}.{part}" for name in kind.pretrained_head for part in ("weight", "bias"))
     left: list[str] = []
     for name in checkpoint.names:
         if name in used or name in tied:

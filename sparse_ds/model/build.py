@@ -12,7 +12,6 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +26,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
+from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 
 from sparse_ds.config.errors import UserError
 from sparse_ds.distributed.born_partitioned import PartitionedParameters, slice_of
@@ -34,17 +34,16 @@ from sparse_ds.kernels.nf4 import nf4_sizes
 from sparse_ds.model.base_checkpoint import BaseCheckpoint
 from sparse_ds.model.base_tensors import BaseSettings
 from sparse_ds.model.classification_head import Classification
+from sparse_ds.model.kinds import KINDS, check_model_type, check_task
 from sparse_ds.model.stored_nf4 import is_bitsandbytes_nf4
 from sparse_ds.model.targets import find_norms, find_targets
 from sparse_ds.selection.bernoulli_subset import bernoulli_subset
 from sparse_ds.selection.random_subset import random_subset
 from sparse_ds.sparse.layout import SparseLayout, num_active_weights
 from sparse_ds.sparse.sparse_linear import SparseLinear
-from sparse_ds.sparse.sparse_vector import SparseRMSNorm, SparseVector
+from sparse_ds.sparse.sparse_vector import SparseLayerNorm, SparseRMSNorm, SparseVector
 
 logger = logging.getLogger(__name__)
-
-SUPPORTED_MODEL_TYPES = ("llama", "mistral")
 
 
 @dataclass(frozen=True)
@@ -62,19 +61,6 @@ class SparseSettings:
     """Entries of the target layers' biases train too."""
     train_norms: bool = False
     """Entries of the weights of all norms train too."""
-
-
-def check_model_type(config: Mapping[str, Any], folder: Path) -> None:
-    """Raises UserError: the architecture that config.json names is not supported."""
-    model_type = config.get("model_type")
-    if model_type in SUPPORTED_MODEL_TYPES:
-        return
-    # `auto_map` names Python files of the repository.
-    remote = " that needs code of its repository, and remote code is never executed" if "auto_map" in config else ""
-    raise UserError(
-        f"model.name_or_path: {folder} is a {model_type!r} model{remote}; expected one of "
-        f"{', '.join(SUPPORTED_MODEL_TYPES)}."
-    )
 
 
 def read_architecture(checkpoint: BaseCheckpoint) -> PretrainedConfig:
@@ -113,24 +99,33 @@ def empty_model(
         classification: makes a classifier of it, with a head that is to be installed; None: a causal language model.
 
     Raises:
-        UserError: as `read_architecture`; an attention implementation that cannot be had here.
+        UserError: as `read_architecture`; an architecture that cannot do the task; an attention implementation that
+            cannot be had here, or that the architecture has not; another pad token than an encoder was made with.
     """
     config = read_architecture(checkpoint)
+    check_task(
+        checkpoint.config, checkpoint.folder, "causal_lm" if classification is None else "sequence_classification"
+    )
     config.use_cache = False
     model_class = AutoModelForCausalLM if classification is None else AutoModelForSequenceClassification
     if classification is not None:
         config.num_labels = len(classification.labels)
-        config.pad_token_id = classification.pad_token_id
+        _set_pad_token(config, classification.pad_token_id, checkpoint)
+    if base.attention == "sdpa" and not model_class._model_mapping[type(config)]._supports_sdpa:
+        raise UserError(
+            f"model.attention: got sdpa, which {config.model_type} models cannot use (transformers has no sdpa for "
+            "them). Set model.attention to auto or eager."
+        )
     try:
         with init_empty_weights(include_buffers=False):
             model: PreTrainedModel = model_class.from_config(
-                config, dtype=base.dtype, attn_implementation=base.attention
+                config, dtype=base.dtype, attn_implementation=None if base.attention == "auto" else base.attention
             )
     except ImportError as error:
         reason = " ".join(str(error).split())
         raise UserError(
             f"model.attention: got {base.attention}, which cannot be used here ({reason}). Install what it needs, or "
-            "set model.attention to sdpa."
+            "set model.attention to auto."
         ) from error
     except Exception as error:  # values that fit together in type only
         raise _refused_config(checkpoint, error) from error
@@ -139,6 +134,17 @@ def empty_model(
         # The loss is ours (`training.trainer`), and so is the number of samples that it is divided by.
         model.accepts_loss_kwargs = False
     return model
+
+
+def _set_pad_token(config: PretrainedConfig, pad_token_id: int, checkpoint: BaseCheckpoint) -> None:
+    """A decoder reads the last token that is no pad token; RoBERTa counts its positions from the pad token's id."""
+    if KINDS[config.model_type].is_encoder and config.pad_token_id != pad_token_id:
+        raise UserError(
+            f"model.name_or_path: the tokenizer of {checkpoint.folder} pads with token {pad_token_id}, its config.json "
+            f"says {config.pad_token_id} (pad_token_id), and an encoder was made for one of them. Correct the files, "
+            "or get them again."
+        )
+    config.pad_token_id = pad_token_id
 
 
 def _refused_config(checkpoint: BaseCheckpoint, error: Exception) -> UserError:
@@ -250,8 +256,7 @@ def build_sparse_model(
     for name, layout in vectors.items():
         if not name.endswith(".bias"):
             make = _SparseMaker(layout, base, sparse, partitioned, made)
-            eps = model.get_submodule(name).variance_epsilon
-            _replace(model, name, SparseRMSNorm(layout, make.vector_tensors(name, f"{name}.weight"), eps))
+            _replace(model, name, make.norm(name, model.get_submodule(name)))
     _make_remaining(model, base.dtype, partitioned, made, trainable=False)
     return made
 
@@ -303,6 +308,17 @@ class _SparseMaker:
             tensors["bias"] = self._empty((layout.num_rows,), self.base.dtype)
             self.made[bias_name] = {"weight": tensors["bias"]}
         return SparseLinear(layout, self.base.dtype, tensors, sparse_bias)
+
+    def norm(self, name: str, original: nn.Module) -> SparseVector:
+        tensors = self.vector_tensors(name, f"{name}.weight")
+        if isinstance(original, nn.LayerNorm):
+            bias = self._empty((self.layout.num_rows,), self.base.dtype)
+            self.made[f"{name}.bias"] = {"weight": bias}
+            return SparseLayerNorm(self.layout, tensors, bias, original.eps)
+        if isinstance(original, Gemma2RMSNorm):
+            return SparseRMSNorm(self.layout, tensors, original.eps, adds_one=True)
+        eps: Any = original.variance_epsilon
+        return SparseRMSNorm(self.layout, tensors, eps)
 
     def vector_tensors(self, name: str, tensor_name: str) -> dict[str, Parameter]:
         """Of a `SparseVector`; its base is in the dtype of the model, also under a quantized one."""

@@ -1,12 +1,15 @@
-"""The head of a classification: one row of weights per label, applied to the hidden state of the last token.
+"""The head of a classification: all that transformers' classifiers have behind the blocks (`model.kinds`).
 
-It takes the place of the vocabulary's matrix and trains as a whole, while the rest of the model trains at single
-weights (SpaRTA, Rios et al. 2025, arXiv 2502.15975). Over sparse layers it is fp32 like their values, since all trained
-tensors of one engine must have one dtype; its input is converted.
+It trains as a whole, while the rest of the model trains at single weights (SpaRTA, Rios et al. 2025, arXiv 2502.15975).
+Over sparse layers it is fp32 like their values, since all trained tensors of one engine must have one dtype; its input
+is converted. Its numbers before training:
 
-    normal        weight ~ N(0, s^2), s = 0.06 / sqrt(d), d the hidden size
-    label_words   row i = row of the first token of label word i in the vocabulary's matrix (in the input embedding
-                  where the checkpoint has no matrix of its own): the head starts as the language model's own opinion
+    decoders, normal        weight ~ N(0, s^2), s = 0.06 / sqrt(d), d the hidden size
+    decoders, label_words   row i = row of the first token of label word i in the vocabulary's matrix (in the input
+                            embedding where the checkpoint has no matrix of its own): the head starts as the language
+                            model's own opinion
+    encoders                weights ~ N(0, initializer_range^2) of config.json, biases 0, as transformers does; the
+                            pooler of BERT as the checkpoint has it
 
 The normal numbers are made by Box-Muller in fp64 from the raw words of Philox4x64-10, whose stream NumPy guarantees
 (see `selection.random_subset`), and rounded to fp32. Only the last digit of logarithm and cosine is up to the machine,
@@ -17,8 +20,9 @@ cannot differ.
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -31,14 +35,17 @@ from torch.nn import Parameter
 from sparse_ds.config.errors import UserError
 from sparse_ds.distributed.born_partitioned import PartitionedParameters, slice_of
 from sparse_ds.model.base_checkpoint import BaseCheckpoint
+from sparse_ds.model.kinds import KINDS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+logger = logging.getLogger(__name__)
+
 HEAD_NAME = "score"
-"""transformers' name of the head; its weight is `score.weight`."""
+"""Of decoders; its weight is `score.weight`. Those of encoders are in `model.kinds`."""
 NORMAL_SCALE = 0.06
-"""Times 1 / sqrt(hidden size): the standard deviation of the normal initialization."""
+"""Times 1 / sqrt(hidden size): the standard deviation of the normal initialization of a decoder's head."""
 
 
 @dataclass(frozen=True)
@@ -56,15 +63,19 @@ class Classification:
     label_word_ids: tuple[int, ...] | None = None
 
 
-class ClassificationHead(nn.Module):
-    """[..., D] in any dtype -> logits [..., L] in the dtype of the weight [L, D]."""
+class HeadLinear(nn.Module):
+    """[..., I] in any dtype -> [..., O] in the dtype of the weight [O, I]; the bias [O] may be absent."""
 
-    def __init__(self, weight: Parameter) -> None:
+    weight: Parameter
+    bias: Parameter | None
+
+    def __init__(self, weight: Parameter, bias: Parameter | None) -> None:
         super().__init__()
-        self.weight = weight
+        self.register_parameter("weight", weight)
+        self.register_parameter("bias", bias)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return F.linear(hidden_states.to(self.weight.dtype), self.weight)
+        return F.linear(hidden_states.to(self.weight.dtype), self.weight, self.bias)
 
 
 def find_label_word_ids(
@@ -94,19 +105,78 @@ def find_label_word_ids(
     return tuple(word_of_id)
 
 
-def initial_head(checkpoint: BaseCheckpoint, classification: Classification, hidden_size: int, seed: int) -> Tensor:
-    """The head before training: [L, D] fp32, the same on every rank.
+def initial_head(
+    checkpoint: BaseCheckpoint, classification: Classification, model: PreTrainedModel, seed: int
+) -> dict[str, Tensor]:
+    """The head before training: name of a parameter -> fp32 numbers, the same on every rank.
+
+    Args:
+        checkpoint: the base model.
+        classification: labels and label words.
+        model: from `model.build.empty_model`, a classifier.
+        seed: of the run.
 
     Raises:
-        UserError: the vocabulary's matrix does not fit to the tokenizer.
+        UserError: the vocabulary's matrix does not fit to the tokenizer; a pooler of another shape; label words for an
+            encoder.
     """
-    num_labels = len(classification.labels)
-    if classification.label_word_ids is None:
-        scale = NORMAL_SCALE / math.sqrt(hidden_size)
-        numbers = _standard_normal(num_labels * hidden_size, seed=seed, name=f"{HEAD_NAME}.weight")
-        return (scale * numbers).to(torch.float32).view(num_labels, hidden_size)
+    kind = KINDS[model.config.model_type]
+    shapes = {name: tuple(model.get_parameter(f"{name}.weight").shape) for name in kind.head}
+    ids = classification.label_word_ids
+    if not kind.is_encoder:
+        (name,) = kind.head
+        if ids is not None:
+            return {f"{name}.weight": _rows_of_words(checkpoint, ids, model.config.hidden_size)}
+        scale = NORMAL_SCALE / math.sqrt(model.config.hidden_size)
+        return {f"{name}.weight": normal_numbers(shapes[name], scale, seed, f"{name}.weight")}
+    if ids is not None:
+        raise UserError(
+            f"model.head_initialization: got label_words with a {model.config.model_type} model, whose head does not "
+            "read the vocabulary's space. Set it to normal."
+        )
+    made: dict[str, Tensor] = {}
+    for name in kind.head:
+        made |= _pretrained(checkpoint, name, shapes[name]) if name in kind.pretrained_head else {}
+        if f"{name}.weight" not in made:
+            weight = f"{name}.weight"
+            made[weight] = normal_numbers(shapes[name], model.config.initializer_range, seed, weight)
+            made[f"{name}.bias"] = torch.zeros(shapes[name][0])
+    return made
+
+
+def normal_numbers(shape: tuple[int, ...], scale: float, seed: int, name: str) -> Tensor:
+    """fp32 numbers ~ N(0, scale^2) that depend on `seed` and `name` only."""
+    return (scale * _standard_normal(math.prod(shape), seed=seed, name=name)).to(torch.float32).view(shape)
+
+
+def install_head(
+    model: PreTrainedModel, head: Mapping[str, Tensor], dtype: torch.dtype, partitioned: PartitionedParameters
+) -> None:
+    """Put a trainable head into a classification model whose own head has no storage yet.
+
+    Args:
+        model: from `model.build.empty_model`, changed in place.
+        head: from `initial_head`.
+        dtype: of the head.
+        partitioned: makes parameters.
+
+    Collectives: none; every rank must call it (DeepSpeed numbers the parameters).
+    """
+
+    def make(tensor: Tensor) -> Parameter:
+        tensor = tensor.to(dtype)
+        return partitioned.make(tuple(tensor.shape), dtype, slice_of(tensor), requires_grad=True)
+
+    for name in KINDS[model.config.model_type].head:
+        bias = head.get(f"{name}.bias")
+        linear = HeadLinear(make(head[f"{name}.weight"]), None if bias is None else make(bias))
+        model.set_submodule(name, linear)
+
+
+def _rows_of_words(checkpoint: BaseCheckpoint, ids: Sequence[int], hidden_size: int) -> Tensor:
+    """[L, D] fp32 rows of the vocabulary's matrix."""
     name = "lm_head.weight" if "lm_head.weight" in checkpoint else "model.embed_tokens.weight"
-    shape, ids = checkpoint.stored(name).shape, classification.label_word_ids
+    shape = checkpoint.stored(name).shape
     if len(shape) != 2 or shape[1] != hidden_size or max(ids) >= shape[0]:
         raise UserError(
             f"model.name_or_path: tensor {name!r} has shape {shape}, expected rows of {hidden_size} for every token up "
@@ -116,16 +186,27 @@ def initial_head(checkpoint: BaseCheckpoint, classification: Classification, hid
     return torch.stack(rows).to(torch.float32)
 
 
-def install_head(
-    model: PreTrainedModel, weight_LD: Tensor, dtype: torch.dtype, partitioned: PartitionedParameters
-) -> None:
-    """Put a trainable head into a classification model whose own head has no storage yet.
-
-    Collectives: none; every rank must call it (DeepSpeed numbers the parameters).
-    """
-    weight_LD = weight_LD.to(dtype)
-    parameter = partitioned.make(tuple(weight_LD.shape), dtype, slice_of(weight_LD), requires_grad=True)
-    setattr(model, HEAD_NAME, ClassificationHead(parameter))
+def _pretrained(checkpoint: BaseCheckpoint, name: str, shape: tuple[int, ...]) -> dict[str, Tensor]:
+    """A part of the head that the checkpoint brings along, or nothing."""
+    parts = {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+    if not all(part in checkpoint for part in parts):
+        logger.warning("%s has no %s: it starts with random numbers", checkpoint.folder, name)
+        return {}
+    made = {}
+    for part, expected in parts.items():
+        stored = checkpoint.stored(part)
+        if stored.shape != expected or not stored.dtype.is_floating_point:
+            raise UserError(
+                f"model.name_or_path: tensor {part!r} of {checkpoint.folder} has shape {stored.shape} and dtype "
+                f"{stored.dtype}, expected {expected} from config.json and a floating dtype."
+            )
+        made[part] = checkpoint.read(part).to(torch.float32)
+        if not bool(made[part].isfinite().all()):
+            raise UserError(
+                f"model.name_or_path: tensor {part!r} of {checkpoint.folder} holds NaN or Inf; the checkpoint is "
+                "damaged. Get it again."
+            )
+    return made
 
 
 def _standard_normal(count: int, *, seed: int, name: str) -> Tensor:

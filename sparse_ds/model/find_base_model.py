@@ -13,29 +13,22 @@ from __future__ import annotations
 
 import difflib
 import logging
-import os
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager
 from pathlib import Path
 
-from filelock import FileLock, Timeout
 from huggingface_hub import constants, get_cached_repo_tree, resolve_revision, snapshot_download
 from huggingface_hub.errors import CachedRepoTreeNotFoundError, LocalEntryNotFoundError
 from huggingface_hub.file_download import repo_folder_name
 
 from sparse_ds.config.errors import UserError
 from sparse_ds.distributed import process_group
+from sparse_ds.distributed.turns import turn
 from sparse_ds.embedded import resolve_model
 from sparse_ds.model.base_checkpoint import BIN, SAFETENSORS, TOKENIZER_FILES, read_index, read_json
-from sparse_ds.model.build import check_model_type
+from sparse_ds.model.kinds import check_model_type
 
 logger = logging.getLogger(__name__)
-
-SECONDS_BETWEEN_TRIES = 0.25
-"""A waiting process tries the lock this often: rarely enough for a cache on a network file system."""
-LOCK_FILE_MODE = 0o664
-"""As huggingface_hub's own locks: a group may share a cache."""
 
 
 def find_base_model(name_or_path: str, revision: str | None = None) -> Path:
@@ -150,34 +143,15 @@ def _snapshot(name: str, commit: str, *, local_files_only: bool) -> Path:
     return folder
 
 
-@contextmanager
-def _turn_to_download(name: str) -> Iterator[None]:
-    """Wait until no other process downloads this repository, and keep the others out."""
+def _turn_to_download(name: str) -> AbstractContextManager[bool]:
+    """Wait until no other process downloads this repository, and keep the others out.
+
+    A cache that cannot be written to needs no lock: either everything is there, or the download says why it fails.
+    """
     folder = Path(constants.HF_HUB_CACHE, ".locks", repo_folder_name(repo_id=name, repo_type="model"))
-    lock, holder = FileLock(folder / "sparse_ds.lock", mode=LOCK_FILE_MODE), folder / "sparse_ds.holder"
-    # A cache that cannot be written to needs no lock: either everything is there, or the download says why it fails.
-    with suppress(OSError):
-        folder.mkdir(parents=True, exist_ok=True)
-        _acquire(lock, holder, name)
-        holder.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
-    try:
-        yield
-    finally:
-        if lock.is_locked:
-            with suppress(OSError):
-                holder.unlink(missing_ok=True)
-            with suppress(OSError):
-                lock.release()
 
-
-def _acquire(lock: FileLock, holder: Path, name: str) -> None:
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        try:
-            other = holder.read_text(encoding="utf-8")
-        except OSError:  # it has the lock but a moment
-            other = "another process"
+    def say_waiting(other: str) -> None:
         message = "%s: waiting for %s to download %s to %s"
         logger.warning(message, socket.gethostname(), other, name, constants.HF_HUB_CACHE)
-        lock.acquire(poll_interval=SECONDS_BETWEEN_TRIES)
+
+    return turn(folder, "sparse_ds", say_waiting)

@@ -11,13 +11,15 @@ from torch import nn
 from sparse_ds.config.errors import UserError
 
 ALL_LINEAR = "all-linear"
+_IN_BLOCK = re.compile(r"(^|\.)layers?\.\d+\.")
+"""Decoders call their blocks `layers`, encoders `layer`."""
 
 
 def find_targets(model: nn.Module, target_modules: Sequence[str] | str) -> list[str]:
     """Names of the linear layers inside the transformer blocks that match.
 
     Args:
-        model: a transformers causal language model (weights may be on the meta device).
+        model: of transformers (weights may be on the meta device).
         target_modules: "all-linear", or names: each matches a whole module name or its last parts ("q_proj",
             "mlp.down_proj"), or is a regular expression that matches the whole name.
 
@@ -28,7 +30,9 @@ def find_targets(model: nn.Module, target_modules: Sequence[str] | str) -> list[
     Raises:
         UserError: a pattern matches no layer.
     """
-    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and ".layers." in name]
+    linears = [
+        name for name, module in model.named_modules() if isinstance(module, nn.Linear) and _IN_BLOCK.search(name)
+    ]
     if target_modules == ALL_LINEAR:
         return linears
     patterns = [target_modules] if isinstance(target_modules, str) else list(target_modules)
@@ -49,8 +53,15 @@ def find_targets(model: nn.Module, target_modules: Sequence[str] | str) -> list[
 
 
 def find_norms(model: nn.Module) -> list[str]:
-    """Names of the RMS norms inside the transformer blocks and of the one behind them, in the order of the model."""
-    return [name for name, module in model.named_modules() if type(module).__name__.endswith("RMSNorm")]
+    """Names of the norms inside the transformer blocks and of the one behind them, in the order of the model.
+
+    The norm of an encoder's embeddings is a part of the embeddings, which are frozen.
+    """
+    return [
+        name
+        for name, module in model.named_modules()
+        if type(module).__name__.endswith("RMSNorm") or (isinstance(module, nn.LayerNorm) and _IN_BLOCK.search(name))
+    ]
 
 
 def _matches_whole(pattern: str, name: str) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,7 @@ _MAX_TEXT_LINES = 7
 _MAX_NAME = 18
 CONFIG_FILE = "resolved_config.json"
 METRICS_FILE = "metrics.jsonl"
+_SCORE_TITLES = {"accuracy": "accuracy", "f1": "F1", "f1_macro": "F1 (macro)", "matthews": "Matthews"}
 
 
 def run_table(summary: RunSummary) -> str:
@@ -26,7 +27,7 @@ def run_table(summary: RunSummary) -> str:
     skipped = f" ({summary.num_skipped_steps:,} skipped)" if summary.num_skipped_steps else ""
     rows: list[tuple[str, str | None]] = [
         ("held-out loss", _loss_change(summary)),
-        ("held-out accuracy", _accuracy_change(summary)),
+        *((f"held-out {title}", _score_change(summary, name)) for name, title in _SCORE_TITLES.items()),
         (
             "trained weights",
             f"{summary.num_trained_weights:,} of {summary.num_weights:,} ({_percent(summary.trained_fraction)})",
@@ -76,11 +77,11 @@ def compare_runs(run_folders: Sequence[Path | str]) -> str:
     full_gain = max(full_gains, default=None)
     header = ["run", "method", "trained", "share", "before", "after", "of full", "tokens/s", "GiB"]
     rows = [_row(run, full_gain) for run in runs]
-    accuracies = [None if run.summary is None else run.summary.heldout_accuracy_after for run in runs]
-    if any(accuracy is not None for accuracy in accuracies):
-        header.insert(6, "right")
-        for row, accuracy in zip(rows, accuracies, strict=True):
-            row.insert(6, "-" if accuracy is None else f"{accuracy:.1%}")
+    scores = [(run.summary and run.summary.heldout_scores_after) or {} for run in runs]
+    if any(scores):
+        header[6:6] = ["right", "MCC"]
+        for row, of_run in zip(rows, scores, strict=True):
+            row[6:6] = [_score(of_run, "accuracy"), _score(of_run, "matthews")]
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
 
     def line(cells: Sequence[str]) -> str:
@@ -91,7 +92,7 @@ def compare_runs(run_folders: Sequence[Path | str]) -> str:
 
     legend = "share: of all weights; before, after: held-out loss; of full: of full fine-tuning's improvement"
     if "right" in header:
-        legend = f"{legend};\nright: held-out accuracy after"
+        legend = f"{legend};\nright, MCC: held-out accuracy and Matthews' correlation after"
     return "\n".join([line(header), line(["-" * width for width in widths]), *(line(row) for row in rows), legend])
 
 
@@ -163,12 +164,17 @@ def _loss_change(summary: RunSummary) -> str | None:
     return f"{_loss(summary.heldout_loss_before)} before, {_loss(summary.heldout_loss_after)} after"
 
 
-def _accuracy_change(summary: RunSummary) -> str | None:
-    before, after = summary.heldout_accuracy_before, summary.heldout_accuracy_after
-    if before is None and after is None:
+def _score_change(summary: RunSummary, name: str) -> str | None:
+    before, after = summary.heldout_scores_before or {}, summary.heldout_scores_after or {}
+    if name not in before and name not in after:
         return None
-    shown = ["-" if accuracy is None else f"{accuracy:.1%}" for accuracy in (before, after)]
-    return f"{shown[0]} before, {shown[1]} after"
+    return f"{_score(before, name)} before, {_score(after, name)} after"
+
+
+def _score(scores: Mapping[str, float], name: str) -> str:
+    if name not in scores:
+        return "-"
+    return f"{scores[name]:.1%}" if name == "accuracy" else f"{scores[name]:.3f}"
 
 
 def _loss(loss: float | None) -> str:

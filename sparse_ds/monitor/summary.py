@@ -30,9 +30,10 @@ class RunSummary:
     reference_answer: str | None
     adapter_dir: str | None
     merged_dir: str | None
-    heldout_accuracy_before: float | None = None
-    """Share of `data.eval` that a classification gets right before the first step."""
-    heldout_accuracy_after: float | None = None
+    heldout_scores_before: dict[str, float] | None = None
+    """Of a classification on `data.eval` before the first step: `accuracy`, `f1` (of two labels), `f1_macro`,
+    `matthews`."""
+    heldout_scores_after: dict[str, float] | None = None
     num_skipped_steps: int = 0
     """Of `num_steps`: those whose loss or gradient was not finite."""
 
@@ -54,6 +55,10 @@ class RunSummary:
         """
         given = [field.name for field in fields(cls) if field.name in record or field.default is MISSING]
         values = {name: record[name] for name in given}
+        for when in ("before", "after"):
+            # Of a run before there were other scores.
+            if record.get(f"heldout_accuracy_{when}") is not None:
+                values[f"heldout_scores_{when}"] = {"accuracy": record[f"heldout_accuracy_{when}"]}
         for name in record.get("non_finite", {}):
             if name in values:
                 values[name] = float(record["non_finite"][name])

@@ -1,4 +1,4 @@
-"""Vectors of which only K entries train: biases of target layers, and the weights of RMS norms.
+"""Vectors of which only K entries train: biases of target layers, and the weights of norms.
 
     tensor    shape / dtype              trains   ZeRO-3
     weight    [D] bf16 or fp32           no       partitioned     never quantized
@@ -17,6 +17,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn import Parameter
 
@@ -63,22 +64,48 @@ class SparseVector(nn.Module):
 
 
 class SparseRMSNorm(SparseVector):
-    """The RMS norm of Llama and Mistral with a sparsely trained weight.
+    """The RMS norm of Llama, Mistral and Gemma-2 with a sparsely trained weight.
 
     Args:
         layout, tensors: as for `SparseVector`.
         eps: added to the mean square.
+        adds_one: the norm multiplies by 1 + weight, in fp32 (Gemma-2), instead of by the weight.
     """
 
-    def __init__(self, layout: SparseLayout, tensors: dict[str, Parameter], eps: float) -> None:
+    def __init__(self, layout: SparseLayout, tensors: dict[str, Parameter], eps: float, adds_one: bool = False) -> None:
         super().__init__(layout, tensors)
         self.variance_epsilon = eps
+        self.adds_one = adds_one
 
     def forward(self, hidden_states: Tensor) -> Tensor:  # type: ignore[override]
-        """[..., D] -> [..., D]; the mean square in fp32, rounded before the weight comes in, as transformers does."""
+        """[..., D] -> [..., D]; the mean square in fp32, rounded before the weight comes in (1 + weight: after it), as
+        transformers does."""
         wide = hidden_states.to(torch.float32)
         normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.variance_epsilon)
+        if self.adds_one:
+            return (normed * (1.0 + self.merged().to(torch.float32))).to(hidden_states.dtype)
         return self.merged() * normed.to(hidden_states.dtype)
+
+
+class SparseLayerNorm(SparseVector):
+    """The LayerNorm of BERT and RoBERTa with a sparsely trained weight; its bias [D] is frozen.
+
+    Args:
+        layout, tensors: as for `SparseVector`.
+        bias: [D], partitioned, in the dtype of `weight`.
+        eps: added to the variance.
+    """
+
+    bias: Parameter
+
+    def __init__(self, layout: SparseLayout, tensors: dict[str, Parameter], bias: Parameter, eps: float) -> None:
+        super().__init__(layout, tensors)
+        self.register_parameter("bias", bias)
+        self.eps = eps
+
+    def forward(self, hidden_states: Tensor) -> Tensor:  # type: ignore[override]
+        """[..., D] -> [..., D]."""
+        return F.layer_norm(hidden_states, (self.layout.num_rows,), self.merged(), self.bias, self.eps)
 
 
 class _MergedVector(torch.autograd.Function):

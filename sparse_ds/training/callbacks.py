@@ -28,6 +28,7 @@ from sparse_ds.monitor.memory import memory_gib
 from sparse_ds.monitor.metrics_log import MetricsLog
 from sparse_ds.optim.sm3 import SparseSM3
 from sparse_ds.optim.sparse_adamw import SparseAdamW
+from sparse_ds.training.classification_scores import SCORES
 from sparse_ds.training.global_order import GlobalOrderSampler
 
 if TYPE_CHECKING:
@@ -166,7 +167,7 @@ class WriteMetrics(TrainerCallback):
         """Tokens of all ranks so far."""
         self.train_wall_s = 0.0
         """Seconds spent in training steps and events so far; evaluation excluded."""
-        self._last_heldout: tuple[int, float, float | None] | None = None
+        self._last_heldout: tuple[int, float, dict[str, float]] | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -194,7 +195,8 @@ class WriteMetrics(TrainerCallback):
         logs = logs or {}
         if "eval_loss" in logs:
             evaluated = {name.removeprefix("eval_"): value for name, value in logs.items() if name.startswith("eval_")}
-            self._last_heldout = (state.global_step, logs["eval_loss"], logs.get("eval_accuracy"))
+            scores = {name: evaluated[name] for name in SCORES if name in evaluated}
+            self._last_heldout = (state.global_step, logs["eval_loss"], scores)
             self._log.write("eval", {"step": state.global_step, **evaluated})
         elif "loss" in logs:
             now = time.perf_counter()
@@ -213,8 +215,8 @@ class WriteMetrics(TrainerCallback):
             }
             self._log.write("step", {"step": state.global_step, **record})
 
-    def heldout_at(self, step: int) -> tuple[float, float | None] | None:
-        """(held-out loss, accuracy of a classification) if they were last measured after `step`."""
+    def heldout_at(self, step: int) -> tuple[float, dict[str, float]] | None:
+        """(held-out loss, scores of a classification) if they were last measured after `step`."""
         return self._last_heldout[1:] if self._last_heldout is not None and self._last_heldout[0] == step else None
 
     def saved_state(self) -> dict[str, Any]:
@@ -226,8 +228,8 @@ class WriteMetrics(TrainerCallback):
         """Take over what `saved_state` returned."""
         self.num_tokens, self.train_wall_s = int(state["num_tokens"]), float(state["train_wall_s"])
         if state["last_heldout"] is not None:
-            step, loss, accuracy = state["last_heldout"]
-            self._last_heldout = int(step), float(loss), None if accuracy is None else float(accuracy)
+            step, loss, scores = state["last_heldout"]
+            self._last_heldout = int(step), float(loss), {name: float(scores[name]) for name in scores}
 
 
 class ProgressBar(ProgressCallback):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from sparse_ds.distributed.process_group import rank, world_size
 from sparse_ds.distributed.zero3_partitions import all_reduce_sum
 from sparse_ds.sparse.sparse_linear import SparseLayer
+from sparse_ds.training.classification_scores import LabelCounts, scores_of
 
 
 @dataclass(frozen=True)
@@ -24,8 +25,8 @@ class HeldoutResult:
     num_counted: int
     hidden_delta_fraction: float | None
     """Share of the non-zero deltas that the rounding of the merged weight hides; None without sparse layers."""
-    accuracy: float | None = None
-    """Share of the samples of a classification whose largest logit is that of their label; else None."""
+    scores: dict[str, float] = field(default_factory=dict)
+    """Of a classification: `classification_scores.scores_of` all samples; else empty."""
 
 
 @torch.no_grad()
@@ -48,8 +49,8 @@ def heldout_loss(
     layers = [module for module in model.modules() if isinstance(module, SparseLayer)]
     was_training = model.training
     model.eval()
-    total_nll, num_counted, num_right = 0.0, 0, 0
-    is_classification = False
+    total_nll, num_counted = 0.0, 0
+    counts_of_labels: LabelCounts | None = None
     for round_start in range(0, num_batches, world_size()):
         index = round_start + rank()
         counts = index < num_batches
@@ -57,13 +58,14 @@ def heldout_loss(
         rows = [dataset[i] for i in range(first, min(first + batch_size, len(dataset)))]
         batch = {name: tensor.to(device) for name, tensor in collate(rows).items()}
         labels = batch.pop("labels")
-        is_classification = labels.dim() == 1
         for layer in layers:
             layer.count_hidden = round_start == 0
         logits = model(**batch, use_cache=False).logits.float()
+        if labels.dim() == 1 and counts_of_labels is None:
+            counts_of_labels = LabelCounts(logits.shape[-1])
         if counts:
-            if is_classification:
-                num_right += int((logits.argmax(-1) == labels).sum())
+            if counts_of_labels is not None:
+                counts_of_labels.add(logits, labels)
             else:
                 logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
             total_nll += float(F.cross_entropy(logits, labels, reduction="sum"))
@@ -71,9 +73,10 @@ def heldout_loss(
     for layer in layers:
         layer.count_hidden = False
     model.train(was_training)
-    total_nll, all_counted, all_right = all_reduce_sum([total_nll, num_counted, num_right], device)
-    accuracy = all_right / all_counted if is_classification else None
-    return HeldoutResult(total_nll / all_counted, int(all_counted), _hidden_fraction(layers), accuracy)
+    of_labels: list[float] = [] if counts_of_labels is None else counts_of_labels.numbers()
+    total_nll, all_counted, *of_labels = all_reduce_sum([total_nll, num_counted, *of_labels], device)
+    scores = scores_of(of_labels) if of_labels else {}
+    return HeldoutResult(total_nll / all_counted, int(all_counted), _hidden_fraction(layers), scores)
 
 
 def _hidden_fraction(layers: list[SparseLayer]) -> float | None:

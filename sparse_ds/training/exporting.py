@@ -58,6 +58,7 @@ def _merge(config: RunConfig, output: OutputFolder, base_folder: Path, adapter: 
         base_weights=config.export.base_weights,
         dtype=config.export.merged_dtype,
         max_shard_size=config.export.max_shard_size,
+        tokenizer=output.tokenizer_or(base_folder),
         device=device.type,
         overwrite=True,
     )

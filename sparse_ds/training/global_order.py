@@ -5,6 +5,8 @@
 
 accelerate deals micro batches round-robin to the ranks, so with the same G every step sees the same samples on any
 number of ranks. The up to G - 1 samples at the end of an epoch's permutation wait for another epoch's.
+
+Packed samples (`data.packing`): ordered and counted are rows, which were made from the permutation of epoch 0.
 """
 
 from __future__ import annotations
@@ -17,22 +19,29 @@ from torch.utils.data import Sampler
 from sparse_ds.config.errors import UserError
 
 
+def epoch_permutation(num_samples: int, seed: int, epoch: int) -> torch.Tensor:
+    """The order of all samples in one epoch: int64 [num_samples]."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    return torch.randperm(num_samples, generator=generator)
+
+
 class GlobalOrderSampler(Sampler[int]):
     """A seeded permutation of the samples, a new one each epoch.
 
     Args:
-        num_samples: samples in the training data.
+        num_samples: samples (or packed rows) in the training data.
         global_batch_size: samples of one optimizer step over all ranks.
         seed: of the run.
+        unit: what is counted, for the message.
 
     Raises:
         UserError: fewer samples than one global batch.
     """
 
-    def __init__(self, num_samples: int, global_batch_size: int, seed: int) -> None:
+    def __init__(self, num_samples: int, global_batch_size: int, seed: int, unit: str = "usable samples") -> None:
         if num_samples < global_batch_size:
             raise UserError(
-                f"data.train: got {num_samples} usable samples, expected at least one global batch of "
+                f"data.train: got {num_samples} {unit}, expected at least one global batch of "
                 f"{global_batch_size}. Give more data or lower train.global_batch_size, train.micro_batch_size or "
                 "train.gradient_accumulation_steps."
             )
@@ -47,6 +56,5 @@ class GlobalOrderSampler(Sampler[int]):
         return self._length
 
     def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        permutation = torch.randperm(self.num_samples, generator=generator)
+        permutation = epoch_permutation(self.num_samples, self.seed, self.epoch)
         yield from permutation[: self._length].tolist()

@@ -32,6 +32,7 @@ class OutputFolder:
     metrics.jsonl          one object a line
     adapter/               the deltas
     adapter_<format>/      the same for PEFT
+    tokenizer/             the tokenizer with the run's chat template, where `data.template` names one
     merged/                the dense model
     checkpoint-<step>/     see `checkpoint`
     """
@@ -42,6 +43,7 @@ class OutputFolder:
         self.metrics = self.path / "metrics.jsonl"
         self.adapter = self.path / "adapter"
         self.merged = self.path / "merged"
+        self.tokenizer = self.path / "tokenizer"
 
     def peft_adapter(self, peft_format: str) -> Path:
         """Where the adapter for PEFT goes."""
@@ -84,6 +86,10 @@ class OutputFolder:
                 "Choose another folder."
             )
 
+    def tokenizer_or(self, base_folder: Path) -> Path:
+        """The folder of the tokenizer that goes with the trained model: the run's own, else the base's."""
+        return self.tokenizer if self.tokenizer.is_dir() else base_folder
+
     def check_unfinished(self) -> None:
         """A run without a checkpoint may begin anew only as long as it has no result.
 
@@ -98,14 +104,14 @@ class OutputFolder:
                 )
 
     def _looks_like_ours(self) -> bool:
-        known = {result.name for result in self.results}
+        known = {result.name for result in (*self.results, self.tokenizer)}
         return all(entry.name in known or entry.name.startswith("checkpoint-") for entry in self.path.iterdir())
 
     def create(self, resolved: dict[str, Any], *, resume: str | None) -> None:
         """Make the folder and write resolved_config.json (rank 0 only). An old run's files go, unless it goes on."""
         try:
             if self.path.exists() and not self.goes_on(resume):
-                for entry in (self.resolved_config, self.metrics, *self.results):
+                for entry in (self.resolved_config, self.metrics, *self.results, self.tokenizer):
                     _remove(entry)
                 for entry in self.path.glob("checkpoint-*"):
                     _remove(entry)

@@ -30,8 +30,11 @@ from sparse_ds.checkpoint.run_folder import find_checkpoint, remove_checkpoints_
 from sparse_ds.config import RunConfig, UserError
 from sparse_ds.config.errors import STOPPED_EXIT_CODE, RunStoppedError
 from sparse_ds.config.methods import all_methods
-from sparse_ds.data import DataBundle, SamplePrompt, build_datasets
+from sparse_ds.data import ClassifierInputs, DataBundle, SamplePrompt, build_datasets
 from sparse_ds.data.fingerprint import dataset_fingerprint
+from sparse_ds.data.named_templates import exported_template
+from sparse_ds.data.packing import PackedDataset
+from sparse_ds.data.token_cache import default_folder
 from sparse_ds.distributed import process_group
 from sparse_ds.distributed.launch_environment import LaunchEnvironment
 from sparse_ds.distributed.watchdog import Watchdog
@@ -39,10 +42,12 @@ from sparse_ds.distributed.zero3_partitions import MasterWeights, all_reduce_max
 from sparse_ds.drop_grow.estimation import EstimationPhase
 from sparse_ds.drop_grow.event import EventRecord
 from sparse_ds.drop_grow.weight_states import WeightStates
+from sparse_ds.export.tokenizer_folder import write_tokenizer
 from sparse_ds.model.base_checkpoint import BaseCheckpoint
 from sparse_ds.model.build import read_architecture
 from sparse_ds.model.classification_head import Classification, find_label_word_ids
 from sparse_ds.model.find_base_model import find_base_model, require_same_base
+from sparse_ds.model.kinds import check_task, input_facts
 from sparse_ds.model.tokenizer import load_tokenizer
 from sparse_ds.monitor.memory import memory_gib
 from sparse_ds.monitor.metrics_log import MetricsLog, drop_records_after
@@ -82,6 +87,7 @@ from sparse_ds.training.skipped_steps import SkippedSteps, samples_of_step
 from sparse_ds.training.stop_signals import StopSignals, StopTogether
 from sparse_ds.training.trainer import SparseTrainer, classification_loss
 from sparse_ds.training.trainer_progress import TrainerProgress, check_trainer_state
+from sparse_ds.training.training_rows import order_rows
 
 logger = logging.getLogger("sparse_ds")
 
@@ -165,27 +171,34 @@ class _Training:
         self.adapter_config: AdapterConfig | None = None
         self.answers = _Answers()
         self.heldout_before: float | None = None
-        self.accuracy_before: float | None = None
+        self.scores_before: dict[str, float] = {}
         self.resumed: Checkpoint | None = None
         self.weight_states: WeightStates | None = None
         self.estimation: EstimationPhase | None = None
 
     def carry_out(self) -> RunSummary:
         config = self.config
-        with process_group.agreement("reading the data"):
+        with process_group.agreement("reading the data", is_long=True):
             plan = config.batch_plan(self.launch.world_size)
             checkpoint = BaseCheckpoint(self.base_folder)
-            read_architecture(checkpoint)
+            check_task(checkpoint.config, checkpoint.folder, config.model.task)
+            architecture = read_architecture(checkpoint)
             fingerprint = checkpoint.fingerprint()
             self.tokenizer = load_tokenizer(self.base_folder)
             self.data: DataBundle = build_datasets(
                 config.data,
                 self.tokenizer,
                 task=config.model.task,
+                seed=config.train.seed,
+                global_batch_size=plan.global_batch_size,
+                classifier_inputs=ClassifierInputs(**input_facts(architecture)),
                 num_sample_prompts=config.monitor.num_sample_prompts,
                 show_progress=self.is_main,
+                cache_folder=self._cache_folder(),
+                show_bar=self.launch.rank == self.launch.local_rank,
             )
-            sampler = self.sampler = GlobalOrderSampler(len(self.data.train), plan.global_batch_size, config.train.seed)
+            self.rows = order_rows(config, self.data, plan.global_batch_size)
+            sampler = self.rows.sampler
             classification = self._plan_classification()
         require_same_base(self.base_folder, fingerprint)
         self.prepared: PreparedModel = prepare_model(
@@ -195,8 +208,7 @@ class _Training:
             classification,
             show_progress=self.is_main and config.monitor.progress_bar,
         )
-        data = dataset_fingerprint(self.data.train)
-        self.identity = run_identity(config, checkpoint, self.prepared, data, plan.global_batch_size)
+        self.identity = run_identity(config, checkpoint, self.prepared, self.rows.fingerprint(), plan.global_batch_size)
         heldout = None if self.data.eval is None else dataset_fingerprint(self.data.eval)
         check_same_run({**self.identity, "held-out data": heldout})
         self.steps_per_epoch = len(sampler) // plan.global_batch_size
@@ -205,6 +217,8 @@ class _Training:
             if self.is_main:
                 self.adapter_config = describe_adapter(config, self.prepared, checkpoint)
                 self.output.create(config.to_dict(), resume=config.checkpoint.resume)
+                if (chat_template := exported_template(self.tokenizer, config.data.template)) is not None:
+                    write_tokenizer(self.base_folder, self.output.tokenizer, chat_template)
                 if config.checkpoint.resume is not None:
                     # In a folder of its own there is nothing of the kind. Without a checkpoint all is written again.
                     step = -1 if self.resumed is None else self.resumed.index.step
@@ -227,6 +241,13 @@ class _Training:
         self._save()
         self.log.close()
         return summary
+
+    def _cache_folder(self) -> Path | None:
+        """Of tokenized data; None: nothing is kept."""
+        data = self.config.data
+        if not data.cache:
+            return None
+        return default_folder() if data.cache_dir is None else Path(data.cache_dir)
 
     def _plan_classification(self) -> Classification | None:
         """What the model has to know of the labels; None for a language model."""
@@ -269,12 +290,13 @@ class _Training:
             make_optimizer=lambda parameters: make_optimizer(config, parameters),
             sampler=sampler,
             heldout=self.data.eval,
+            collate_heldout=self.data.collator,
             on_save=self._save_checkpoint,
             on_restore_generators=lambda: self.progress.restore_generators(),
             model=self.prepared.model,
             args=arguments,
-            data_collator=self.data.collator,
-            train_dataset=self.data.train,
+            data_collator=self.rows.collate,
+            train_dataset=self.rows.dataset,
             eval_dataset=self.data.eval,
             callbacks=[
                 EpochOrder(sampler),
@@ -328,7 +350,8 @@ class _Training:
             return
         if self.data.eval is not None:
             before = self.trainer.evaluate()
-            self.heldout_before, self.accuracy_before = before["eval_loss"], before.get("eval_accuracy")
+            self.heldout_before = before["eval_loss"]
+            self.scores_before = (self.metrics.heldout_at(0) or (None, {}))[1]
         if prompt is not None:
             self.answers = _Answers(prompt, before=self._answer(prompt))
 
@@ -386,7 +409,7 @@ class _Training:
         self.trainer.release_gathered()
         with process_group.agreement("restoring the report"):
             try:
-                self.heldout_before, self.accuracy_before = report["heldout_before"], report["accuracy_before"]
+                self.heldout_before, self.scores_before = report["heldout_before"], report["scores_before"]
                 self.index_hash = report["index_hash"]
                 self._note_births(_births(report.get(REPORT_KEY)))
                 self.answers = _Answers(prompt, before=report["answer_before"])
@@ -396,10 +419,11 @@ class _Training:
             self.stop.evaluation_due = False
             self.trainer.evaluate()
 
-    def _rows_of_step(self, step: int) -> list[int]:
-        """Rows of `data.train`, counted from 0, of which a step of the current epoch is made."""
+    def _rows_of_step(self, step: int) -> list[int | str]:
+        """Rows of `data.train` of which a step of the current epoch is made: counted from 0, or as text where a number
+        does not say which (mixtures, streams)."""
         size = self.config.batch_plan(self.launch.world_size).global_batch_size
-        return [self.data.train_data.row_of(sample) for sample in samples_of_step(self.sampler, size, step)]
+        return self.rows.source_rows(samples_of_step(self.rows.sampler, size, step))
 
     def _save_checkpoint(self) -> None:
         heldout = self.metrics.heldout_at(self.trainer.state.global_step)
@@ -409,7 +433,7 @@ class _Training:
         """What a resumed run needs to report the whole run."""
         return {
             "heldout_before": self.heldout_before,
-            "accuracy_before": self.accuracy_before,
+            "scores_before": self.scores_before,
             "answer_before": self.answers.before,
             "index_hash": self.index_hash,
             REPORT_KEY: None if self.adapter_config is None else self.adapter_config.model_dump(mode="json"),
@@ -452,12 +476,13 @@ class _Training:
         return answer
 
     def _summarize(self) -> RunSummary:
-        heldout_after = accuracy_after = None
+        heldout_after: float | None = None
+        scores_after: dict[str, float] = {}
         if self.data.eval is not None:
             step = self.trainer.state.global_step
             if self.metrics.heldout_at(step) is None:
                 self.trainer.evaluate()
-            heldout_after, accuracy_after = self.metrics.heldout_at(step) or (None, None)
+            heldout_after, scores_after = self.metrics.heldout_at(step) or (None, {})
         for line in self.checkpoints.describe():
             logger.info("%s", line)
         if self.answers.prompt is not None:
@@ -481,8 +506,8 @@ class _Training:
             reference_answer=prompt.reference if prompt else None,
             adapter_dir=str(self.output.adapter) if self.prepared.layers else None,
             merged_dir=None,
-            heldout_accuracy_before=self.accuracy_before,
-            heldout_accuracy_after=accuracy_after,
+            heldout_scores_before=self.scores_before or None,
+            heldout_scores_after=scores_after or None,
             num_skipped_steps=self.skipped.num_skipped,
         )
 
@@ -502,16 +527,27 @@ class _Training:
                     f"{self.index_hash}: this is a defect, please report it"
                 )
         elif self.config.export.merged:
-            save_dense_model(self.config, self.prepared, self.output.merged, self.base_folder, self.device)
+            save_dense_model(
+                self.config,
+                self.prepared,
+                self.output.merged,
+                self.base_folder,
+                self.device,
+                tokenizer_folder=self.output.tokenizer_or(self.base_folder),
+            )
 
     def _say_start(self, plan: Any) -> None:
         if not self.is_main:
             return
         config, prepared = self.config, self.prepared
         share = prepared.num_trained_weights / prepared.num_weights
+        unit = "samples"
+        if isinstance(self.rows.dataset, PackedDataset):
+            unit = "packed rows"
+            logger.info("data.packing: %s", self.rows.dataset.describe())
         logger.info(
-            "%s on %s: %s of %s weights train (%.2f %%), base %s %s; %d rank(s) x %d samples x %d micro batch(es) = %d "
-            "samples a step",
+            "%s on %s: %s of %s weights train (%.2f %%), base %s %s; %d rank(s) x %d %s x %d micro batch(es) = %d "
+            "%s a step",
             config.method.name,
             config.model.name_or_path,
             f"{prepared.num_trained_weights:,}",
@@ -521,8 +557,10 @@ class _Training:
             config.model.dtype,
             self.launch.world_size,
             plan.micro_batch_size,
+            unit,
             plan.gradient_accumulation_steps,
             plan.global_batch_size,
+            unit,
         )
 
 

@@ -24,8 +24,8 @@ def run_identity(
         config: the run.
         base: the base model.
         prepared: the run's model, as it is before training.
-        data_fingerprint: of the tokenized training data.
-        global_batch_size: samples of one optimizer step.
+        data_fingerprint: of the rows of the training data.
+        global_batch_size: samples, or packed rows, of one optimizer step.
     """
     model = config.model
     method = {key: value for key, value in config.to_dict()["method"].items() if key not in FREE_METHOD_KEYS}
@@ -44,6 +44,8 @@ def run_identity(
         "momentum": config.optimizer.momentum,
         "active_weights": {name: layer.layout.num_active for name, layer in prepared.layers.items()},
         "data": data_fingerprint,
+        # What tells why the fingerprint differs; absent without packing.
+        **({"packing": True} if config.data.packing else {}),
         "global_batch_size": global_batch_size,
         "seed": config.train.seed,
     }

@@ -45,6 +45,7 @@ def describe_adapter(config: RunConfig, prepared: PreparedModel, base: BaseCheck
         task=config.model.task,
         labels=None if classification is None else classification.labels,
         pad_token_id=None if classification is None else classification.pad_token_id,
+        instruction=config.data.instruction,
     )
 
 
@@ -93,7 +94,13 @@ def save_deltas(
 
 
 def save_dense_model(
-    config: RunConfig, prepared: PreparedModel, folder: Path, base_folder: Path, device: torch.device
+    config: RunConfig,
+    prepared: PreparedModel,
+    folder: Path,
+    base_folder: Path,
+    device: torch.device,
+    *,
+    tokenizer_folder: Path,
 ) -> None:
     """Write a fully trained model (method `full`).
 
@@ -113,7 +120,7 @@ def save_dense_model(
                 tensors,
                 tensors.__getitem__,
                 base_folder=base_folder,
-                tokenizer_folder=base_folder,
+                tokenizer_folder=tokenizer_folder,
                 model_card=dense_model_card(config.model.name_or_path, task=config.model.task),
                 config_changes={}
                 if classification is None

@@ -122,9 +122,9 @@ def prepare_model(
         num_weights = sum(parameter.numel() for parameter in model.parameters())
         trains_all, num_head_weights = all_methods()[config.method.name].trains_all, 0
         if classification is not None:
-            head_LD = initial_head(checkpoint, classification, model.config.hidden_size, config.train.seed)
-            install_head(model, head_LD, base.dtype if trains_all else torch.float32, partitioned)
-            num_head_weights = head_LD.numel()
+            head = initial_head(checkpoint, classification, model, config.train.seed)
+            install_head(model, head, base.dtype if trains_all else torch.float32, partitioned)
+            num_head_weights = sum(tensor.numel() for tensor in head.values())
         vectors: dict[str, SparseLayout] = {}
         if not trains_all:
             layouts = plan_layouts(model, sparse)

@@ -32,7 +32,7 @@ logger = logging.getLogger("sparse_ds")
 MAX_SHOWN_ROWS = 20
 """In messages; metrics.jsonl has all of them."""
 
-RowsOfStep = Callable[[int], list[int]]
+RowsOfStep = Callable[[int], list[int | str]]
 
 
 def with_gradient_of_its_kind(loss: Tensor) -> Tensor:
@@ -56,7 +56,8 @@ class SkippedSteps(TrainerCallback):
     Args:
         trainer: the run's Trainer.
         log: of the run.
-        rows_of_step: rows of the training data, counted from 0 as in its source, that make up a step (the first is 1).
+        rows_of_step: rows of the training data, counted from 0 as in its source or as text, that make up a step (the
+            first is 1).
         max_in_a_row: so many end the run.
     """
 

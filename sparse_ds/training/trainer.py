@@ -1,7 +1,15 @@
 """`transformers.Trainer` with our optimizer, our data order and our evaluation; the engine is DeepSpeed ZeRO-3.
 
-What Trainer keeps: the loop, gradient accumulation with the token-mean loss over the whole global batch, the learning
-rate schedule, callbacks, logging. What happens between `engine.step()` and the next forward pass is in `callbacks`.
+What Trainer keeps: the loop, gradient accumulation, the learning rate schedule, callbacks, logging. What happens
+between `engine.step()` and the next forward pass is in `callbacks`.
+
+The loss of a step is the mean over all trained tokens of its global batch, however they are dealt out:
+
+    n = labels[:, 1:] != -100, summed over the micro batches of the step and over the ranks     get_batch_samples
+    loss of a micro batch = R * sum of its negative log-likelihoods / n                         the model, compute_loss
+    gradient = sum over micro batches, mean over the R ranks                                    DeepSpeed
+
+So neither padding, nor packing, nor a micro batch with few trained tokens changes the weight of a token.
 """
 
 from __future__ import annotations
@@ -41,6 +49,7 @@ class SparseTrainer(Trainer):
         make_optimizer: makes the inner optimizer from the trainable parameters, in the order of the model.
         sampler: order of the training samples.
         heldout: tokenized held-out data, or None.
+        collate_heldout: makes its micro batches; None: as those of the training data.
         on_save: saves a checkpoint; called on every rank when Trainer wants one.
         on_restore_generators: in a run that goes on, called when the random generators have to be set back.
         **kwargs: as for `transformers.Trainer`.
@@ -53,6 +62,7 @@ class SparseTrainer(Trainer):
         sampler: GlobalOrderSampler,
         heldout: Any | None,
         on_save: OnSave,
+        collate_heldout: Callable[[list[dict[str, Any]]], dict[str, Tensor]] | None = None,
         on_restore_generators: OnSave = lambda: None,
         **kwargs: Any,
     ) -> None:
@@ -60,7 +70,7 @@ class SparseTrainer(Trainer):
         self._on_save, self._on_restore_generators = on_save, on_restore_generators
         self._make_optimizer = make_optimizer
         self._sampler = sampler
-        self._heldout = heldout
+        self._heldout, self._collate_heldout = heldout, collate_heldout or self.data_collator
         self._num_tokens = 0
         """Tokens that this rank has seen since the last call of `count_tokens`, padding excluded."""
 
@@ -92,7 +102,9 @@ class SparseTrainer(Trainer):
         self._on_save()
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        self._num_tokens += int(inputs["attention_mask"].sum())
+        # Packed rows count theirs themselves: they have no attention mask.
+        num_tokens = inputs.pop("num_tokens", None)
+        self._num_tokens += int(inputs["attention_mask"].sum()) if num_tokens is None else int(num_tokens)
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         return loss
 
@@ -139,17 +151,15 @@ class SparseTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Held-out loss, and accuracy of a classification; the log entries are `<prefix>_loss`, `<prefix>_accuracy`.
+        """Held-out loss, and scores of a classification; the log entries are `<prefix>_loss`, `<prefix>_accuracy`, ...
 
         Collectives: those of `heldout_loss`; every rank must call it.
         """
         result = self.heldout_result()
         metrics = {f"{metric_key_prefix}_loss": result.loss}
-        if result.accuracy is None:
-            metrics[f"{metric_key_prefix}_num_tokens"] = result.num_counted
-        else:
-            metrics[f"{metric_key_prefix}_accuracy"] = result.accuracy
-            metrics[f"{metric_key_prefix}_num_samples"] = result.num_counted
+        metrics |= {f"{metric_key_prefix}_{name}": score for name, score in result.scores.items()}
+        counted = "num_samples" if result.scores else "num_tokens"
+        metrics[f"{metric_key_prefix}_{counted}"] = result.num_counted
         if result.hidden_delta_fraction is not None:
             metrics[f"{metric_key_prefix}_hidden_delta_fraction"] = result.hidden_delta_fraction
         self.log(dict(metrics))
@@ -160,7 +170,7 @@ class SparseTrainer(Trainer):
         """Held-out loss of the model as it is now. Collectives: as `evaluate`."""
         assert self._heldout is not None
         result = heldout_loss(
-            self.model_wrapped, self._heldout, self.data_collator, self.args.eval_batch_size, self.args.device
+            self.model_wrapped, self._heldout, self._collate_heldout, self.args.eval_batch_size, self.args.device
         )
         self.release_gathered()
         return result

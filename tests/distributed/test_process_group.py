@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import socket
+import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import torch.distributed
 from ranks import run_ranks
 
 from sparse_ds.config.errors import UserError
@@ -101,3 +104,28 @@ def test_without_a_process_group_there_is_one_rank() -> None:
     with pytest.raises(UserError, match="no rank"), agreement("reading"):
         raise UserError("no rank")
     process_group.stop()
+
+
+LONG_S, COLLECTIVE_TIMEOUT_S = 3.0, 1.0
+
+
+def check_slow_rank(is_long: bool) -> tuple[str, float]:
+    """Rank 1 takes longer than a collective may wait; rank 0 finds a mistake at once. (message, seconds)"""
+    torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S))
+    began = time.monotonic()
+    try:
+        with agreement("reading the data", is_long=is_long):
+            if rank() == 0:
+                raise UserError("data.train: empty")
+            time.sleep(LONG_S)
+    except Exception as error:
+        return str(error), time.monotonic() - began
+    return "", time.monotonic() - began
+
+
+def test_a_long_agreement_outlasts_the_time_limit_of_collectives() -> None:
+    for message, seconds in run_ranks(2, check_slow_rank, True, join_group=False):
+        assert message == "data.train: empty (on rank 0, 1 of 2 ranks)"
+        assert LONG_S <= seconds < LONG_S + 10
+    message, seconds = run_ranks(2, check_slow_rank, False, join_group=False)[0]
+    assert "data.train: empty" not in message and seconds < LONG_S, "a collective waits no longer than its limit"

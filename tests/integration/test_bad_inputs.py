@@ -286,11 +286,23 @@ DATA: dict[str, tuple[Prepare, str]] = {
         changed_row(4, '{"instruction": "x", "output": " "}'),
         r'rows\.jsonl, line 4: field "output" is empty, so there is nothing to learn',
     ),
-    "unknown fields": (file_with(b'{"question": "a", "answer": "b"}\n'), r"no known format fits bad\.jsonl, line 1;"),
+    "unknown fields": (file_with(b'{"query": "a", "gold": "b"}\n'), r"no known format fits bad\.jsonl, line 1;"),
     "unknown suffix": (file_with(b"a", "bad.doc"), r"data\.train: bad\.doc has the suffix '\.doc', expected one of "),
     "not UTF-8": (file_with(b'{"text": "\xe4"}\n'), r"bad\.jsonl, line 1: not UTF-8 \(byte 0xe4\)"),
     "another format": (only("data.format=prompt_completion"), r'rows\.jsonl, line 1: field "prompt" is missing'),
-    "no chat template": (only("data.format=messages"), r"data\.train: the format messages needs a chat template"),
+    "no chat template": (only("data.format=messages"), r"data\.train: conversations need a chat template"),
+    "no such template": (
+        only("data.template=llama2"),
+        r"data\.template: got llama2, expected auto, tokenizer, one of ",
+    ),
+    "a broken entry of a mixture": (
+        only('data.train=[{"source":"rows.jsonl"},{"source":"row.jsonl"}]'),
+        r"data\.train\[1\]\.source: no such file: row\.jsonl\. Did you mean rows\.jsonl",
+    ),
+    "all rows are bad": (
+        lambda folder: [*file_with(b'{"text": " "}\n')(folder), "data.on_bad_row=skip"],
+        r"data\.train: no usable sample in bad\.jsonl: 1 of 1 rows are left out\. The first: bad\.jsonl, line 1: field",
+    ),
     "fewer samples than a batch": (
         file_with(b'{"text": "a b c"}\n' * 15),
         r"data\.train: got 15 usable samples, expected at least one global batch of 16\. Give more data or lower",
@@ -308,7 +320,7 @@ DATA: dict[str, tuple[Prepare, str]] = {
     ),
     "attention without its package": (
         only("model.attention=flash_attention_2"),
-        r"model\.attention: got flash_attention_2, which cannot be used here .* set model\.attention to sdpa",
+        r"model\.attention: got flash_attention_2, which cannot be used here .* set model\.attention to auto",
     ),
     "GPU without one": (only("train.device=cuda"), r'train\.device: got "cuda", but torch finds no GPU here; expected'),
 }

@@ -133,8 +133,8 @@ def two_ranks(work: Path) -> FinishedRun:
 
 def test_it_learns(two_ranks: FinishedRun) -> None:
     summary = two_ranks.summary
-    assert summary["heldout_accuracy_before"] < 0.6
-    assert summary["heldout_accuracy_after"] > 0.9
+    assert summary["heldout_scores_before"]["accuracy"] < 0.6
+    assert summary["heldout_scores_after"]["accuracy"] > 0.9
     assert summary["heldout_loss_after"] < 0.5 < summary["heldout_loss_before"]
     assert [record["num_samples"] for record in two_ranks.of_kind("eval")] == [31, 31]
     sparse = sum(tensor.numel() for name, tensor in two_ranks.adapter.items() if name.endswith(".values"))
@@ -161,7 +161,7 @@ def test_it_goes_on_from_a_checkpoint(tmp_path: Path, two_ranks: FinishedRun) ->
     shutil.rmtree(work / "run" / "left-out")
     resumed = train(work, 1, "train.micro_batch_size=4", "checkpoint.resume=auto")
     assert resumed.losses == pytest.approx(two_ranks.losses, rel=0, abs=LOSS_TOLERANCE)
-    assert resumed.summary["heldout_accuracy_before"] == two_ranks.summary["heldout_accuracy_before"]
+    assert resumed.summary["heldout_scores_before"] == two_ranks.summary["heldout_scores_before"]
     assert torch.allclose(resumed.adapter["score.weight"], two_ranks.adapter["score.weight"], rtol=0, atol=1e-4)
 
 
@@ -200,7 +200,8 @@ def test_plain_transformers_classifies_as_the_run_did(work: Path, two_ranks: Fin
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     summary = two_ranks.summary
     assert float(F.cross_entropy(logits, labels)) == pytest.approx(summary["heldout_loss_after"], rel=0, abs=1e-5)
-    assert float((logits.argmax(-1) == labels).float().mean()) == pytest.approx(summary["heldout_accuracy_after"])
+    accuracy = summary["heldout_scores_after"]["accuracy"]
+    assert float((logits.argmax(-1) == labels).float().mean()) == pytest.approx(accuracy)
 
 
 def test_what_did_not_train_is_the_base(work: Path, two_ranks: FinishedRun) -> None:
@@ -228,7 +229,7 @@ def test_biases_and_norms_train_and_merge(work: Path) -> None:
     norms = {name for name in trained if name.endswith("norm")}
     assert len(biases) == 8 and len(norms) == 5 and len(trained) == 14 + 8 + 5
     assert all(bool(two.adapter[f"{name}.values"].any()) for name in biases | norms if "k_proj" not in name)
-    assert two.summary["heldout_accuracy_after"] > 0.9
+    assert two.summary["heldout_scores_after"]["accuracy"] > 0.9
     assert heldout_loss_of(work, work / "sparta" / "merged") == pytest.approx(
         two.summary["heldout_loss_after"], rel=0, abs=1e-5
     )
@@ -282,4 +283,4 @@ def test_full_training_and_label_words(work: Path) -> None:
         for line in (work / run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         if (record := json.loads(line))["kind"] == "summary"
     ]
-    assert summary["heldout_accuracy_after"] > 0.9
+    assert summary["heldout_scores_after"]["accuracy"] > 0.9

@@ -26,6 +26,7 @@ BAD_OVERRIDES = [
     ("train.max_steps=0", r"train\.max_steps: got 0 \(integer\), expected an integer >= 1 or null\."),
     ("train.num_epochs=0", r"train\.num_epochs: got 0 \(integer\), expected a number > 0\."),
     ("train.output_dir=", r'train\.output_dir: got "" \(text\), expected text that is not empty\.'),
+    ("data.cache_dir=~/tokens", r"data\.cache_dir: got ~/tokens, expected a path written out: ~ is not expanded"),
     ("train.output_dir=~/runs", r"train\.output_dir: got ~/runs, expected a path written out: ~ is not expanded"),
     ("train.batch_size=8", r"train\.batch_size: unknown key; did you mean train\.\w*batch_size\?"),
     ("train.density=0.1", r"train\.density: unknown key; did you mean method\.density\?"),

@@ -122,6 +122,7 @@ def test_batch_plan_adds_up(micro: int, multiple: int, world_size: int) -> None:
     [
         ({}, []),
         ({"model": {"quantization": "none", "double_quantization": True}}, ["model.double_quantization has no effect"]),
+        ({"data": {"cache": False, "cache_dir": "tokens"}}, ["data.cache_dir has no effect: data.cache is false"]),
         (
             {"train": {"output_dir": "x", "max_steps": 3}},
             ["No drop-and-grow event will happen: the first is at step 5"],

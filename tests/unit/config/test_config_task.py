@@ -23,6 +23,12 @@ def parse(model: dict[str, Any], data: dict[str, Any] | None = None) -> Any:
     [
         ({"head_initialization": "normal"}, {}, r"model\.head_initialization: given, but only model\.task sequence_cl"),
         ({"label_words": ["a", "b"]}, {}, r"model\.label_words: given, but only model\.task sequence_classification"),
+        (
+            {},
+            {"instruction": "{text}?"},
+            r"data\.instruction: given, but only model\.task sequence_classification uses",
+        ),
+        (CLASSIFIER, {"instruction": "text?"}, r"data\.instruction: got 'text\?', expected a text with \{text\} in it"),
         ({}, {"labels": ["a", "b"]}, r"data\.labels: given, but only model\.task sequence_classification uses it"),
         (
             {},
@@ -37,6 +43,7 @@ def parse(model: dict[str, Any], data: dict[str, Any] | None = None) -> Any:
             {"labels": ["x", "y", "z"]},
             r"got 2 words for the 3 labels of data\.la",
         ),
+        (CLASSIFIER, {"packing": True}, r"data\.packing: got true, expected false with model\.task sequence_classific"),
         (CLASSIFIER, {"labels": ["x", "y", "x"]}, r"data\.labels: holds 'x' more than once"),
         (CLASSIFIER, {"labels": ["x"]}, r"data\.labels: got \[\"x\"\] \(list\), expected"),
         (
@@ -58,7 +65,7 @@ def test_conflicts(model: dict[str, Any], data: dict[str, Any], message: str) ->
         ({}, {}),
         ({"label_words": None}, {"labels": None}),
         (CLASSIFIER, {"labels": ["y", "x"], "format": "classification"}),
-        ({**WORDS, "label_words": ["no", "yes"]}, {}),
+        ({**WORDS, "label_words": ["no", "yes"]}, {"instruction": "Is it good? {text}"}),
     ],
 )
 def test_what_a_run_records_can_be_run_again(model: dict[str, Any], data: dict[str, Any]) -> None:

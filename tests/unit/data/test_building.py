@@ -6,21 +6,22 @@ import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from transformers import PreTrainedTokenizerFast
 
 from sparse_ds.config.errors import UserError
-from sparse_ds.data import DataSettings, build_dataset, build_datasets
+from sparse_ds.config.schema import DataConfig
+from sparse_ds.data import build_dataset, build_datasets
 
 MakeTokenizer = Callable[..., PreTrainedTokenizerFast]
 Writer = Callable[..., Path]
 
 
-def settings(train: Path, eval: Path | None = None, **others: object) -> DataSettings:
-    values = {"format": "auto", "sequence_length": 64, "num_eval_samples": None, **others}
-    return SimpleNamespace(train=str(train), eval=None if eval is None else str(eval), **values)
+def settings(train: Path, eval: Path | None = None, **others: Any) -> DataConfig:
+    values = {"sequence_length": 64, **others}
+    return DataConfig(train=str(train), eval=None if eval is None else str(eval), **values)
 
 
 def rows(*completions: str) -> list[dict]:
@@ -103,7 +104,10 @@ def test_truncated_and_dropped_samples_are_counted_and_said_once(
     assert len(said) == 3
     assert "2 samples, format prompt_completion (detected), 12 tokens, 8 of them trained (67%)" in said[0]
     assert said[1] == "data.train: 1 of 2 samples are longer than data.sequence_length = 8 tokens and lose their end"
-    assert said[2].startswith("data.train: 2 samples are left out")
+    assert said[2] == (
+        f"data.train: 2 of 4 rows are left out. The first: {path}, line 1: nothing to learn is left within "
+        "data.sequence_length = 8 tokens. Raise it, or shorten the prompt."
+    )
 
 
 def test_other_ranks_are_silent(
@@ -120,7 +124,7 @@ def test_other_ranks_are_silent(
 
 def test_no_usable_sample(write_jsonl: Writer, tokenizer: PreTrainedTokenizerFast) -> None:
     path = write_jsonl({"prompt": "Q" * 10, "completion": "x"})
-    with pytest.raises(UserError, match=r"data\.train: no usable sample .*data\.sequence_length = 8 tokens\. Raise it"):
+    with pytest.raises(UserError, match=r"data\.train: no usable sample in .*: 1 of 1 rows are left out\. .* Raise it"):
         build_dataset(path, tokenizer, sequence_length=8)
 
 
@@ -140,7 +144,7 @@ def test_missing_held_out_file_ends_it_before_training_data_is_read(
 
 def test_messages_need_a_chat_template(write_jsonl: Writer, tokenizer: PreTrainedTokenizerFast) -> None:
     path = write_jsonl({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]})
-    with pytest.raises(UserError, match=r"data\.train: the format messages needs a chat template"):
+    with pytest.raises(UserError, match=r"data\.train: conversations need a chat template"):
         build_dataset(path, tokenizer)
 
 

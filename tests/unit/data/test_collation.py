@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sparse_ds.config.errors import UserError
-from sparse_ds.data import CausalCollator
+from sparse_ds.data import CausalCollator, PackedCollator
 
 EOS = 2
 SAMPLES = [
@@ -34,3 +34,32 @@ def test_width(multiple: int, longest: int, expected: int) -> None:
 def test_multiple_below_one() -> None:
     with pytest.raises(UserError, match="pad_to_multiple_of is 0"):
         CausalCollator(0, 0)
+
+
+ROWS = [
+    {"input_ids": [[7, 8, EOS], [4, EOS]], "labels": [[7, 8, EOS], [-100, EOS]]},
+    {"input_ids": [[5, 6, 9, 9, 9, EOS]], "labels": [[-100, -100, 9, 9, 9, EOS]]},
+]
+
+
+def test_golden_packed_rows() -> None:
+    batch = PackedCollator(pad_token_id=0)(ROWS)
+    assert batch.keys() == {"input_ids", "position_ids", "labels", "num_tokens"}, "a mask would hide the packing"
+    assert batch["input_ids"].tolist() == [[7, 8, EOS, 4, EOS, 0, 0, 0], [5, 6, 9, 9, 9, EOS, 0, 0]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 0, 1, 2], [0, 1, 2, 3, 4, 5, 0, 1]]
+    assert batch["labels"].tolist() == [
+        [-100, 8, EOS, -100, EOS, -100, -100, -100],
+        [-100, -100, 9, 9, 9, EOS, -100, -100],
+    ]
+    assert batch["num_tokens"] == 11
+
+
+def test_golden_joined_rows() -> None:
+    batch = PackedCollator(pad_token_id=0, joins_rows=True)(ROWS)
+    assert batch["input_ids"].tolist() == [[7, 8, EOS, 4, EOS, 5, 6, 9, 9, 9, EOS]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 0, 1, 2, 3, 4, 5]]
+    assert batch["labels"].tolist() == [[-100, 8, EOS, -100, EOS, -100, -100, 9, 9, 9, EOS]]
+    assert batch["cu_seq_lens_q"].tolist() == batch["cu_seq_lens_k"].tolist() == [0, 3, 5, 11]
+    assert batch["max_length_q"] == batch["max_length_k"] == 6
+    assert batch["cu_seq_lens_q"].dtype == torch.int32 and batch["input_ids"].dtype == torch.int64
+    assert batch["num_tokens"] == 11 and "attention_mask" not in batch

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from transformers import PreTrainedTokenizerFast
 
 from sparse_ds.config.errors import UserError
+from sparse_ds.config.schema import DataConfig
 from sparse_ds.data import DataBundle, build_datasets
 
 MakeTokenizer = Callable[..., PreTrainedTokenizerFast]
@@ -19,8 +19,8 @@ BOS, EOS = 1, 2
 
 
 def build(tokenizer: PreTrainedTokenizerFast, train: Path, eval: Path | None = None, **others: Any) -> DataBundle:
-    values = {"format": "auto", "sequence_length": 64, "num_eval_samples": None, "labels": None, **others}
-    settings = SimpleNamespace(train=str(train), eval=None if eval is None else str(eval), **values)
+    values = {"sequence_length": 64, **others}
+    settings = DataConfig(train=str(train), eval=None if eval is None else str(eval), **values)
     return build_datasets(settings, tokenizer, task="sequence_classification")
 
 
@@ -36,6 +36,9 @@ def ids_of(text: str) -> list[int]:
         ({"text": "x", "text_pair": "y"}, "x\ny"),
         ({"text": "x", "text_pair": None}, "x"),
         ({"sentence1": "x", "sentence2": "y"}, "x\ny"),
+        ({"premise": "x", "hypothesis": "y"}, "x\ny"),
+        ({"question1": "x", "question2": "y"}, "x\ny"),
+        ({"question": "x", "sentence": "y"}, "x\ny"),
     ],
 )
 def test_fields(write_jsonl: Writer, tokenizer: PreTrainedTokenizerFast, fields: dict[str, Any], text: str) -> None:
@@ -94,6 +97,8 @@ def test_what_pads_is_taken_from_the_end(
         ({"text": "x", "label": ""}, r'line 2: field "label" is str'),
         ({"text": " ", "label": 1}, r'line 2: field "text" is empty'),
         ({"sentence1": "x", "label": 1}, r'line 2: field "sentence2" is missing'),
+        ({"premise": "x", "label": 1}, r'line 2: field "hypothesis" is missing'),
+        ({"sentence1": "x", "sentence2": None, "label": 1}, r'line 2: field "sentence2" is null'),
         ({"question": "x", "label": 1}, r"line 2: no text to classify; the fields there are question, label"),
     ],
 )
@@ -120,13 +125,6 @@ def test_labels_that_do_not_fit(write_jsonl: Writer, tokenizer: PreTrainedTokeni
 
 
 def test_a_language_model_is_told_of_the_task(write_jsonl: Writer, tokenizer: PreTrainedTokenizerFast) -> None:
-    settings = SimpleNamespace(
-        train=str(write_jsonl({"sentence": "x", "label": 1})),
-        eval=None,
-        format="auto",
-        sequence_length=8,
-        num_eval_samples=None,
-        labels=None,
-    )
+    settings = DataConfig(train=str(write_jsonl({"sentence": "x", "label": 1})), eval=None, sequence_length=8)
     with pytest.raises(UserError, match=r"set model.task to sequence_classification"):
         build_datasets(settings, tokenizer)

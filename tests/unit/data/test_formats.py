@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from sparse_ds.config.errors import UserError
-from sparse_ds.data.formats import FORMATS, Conversation, PromptCompletion, Sample, Text, choose_format
+from sparse_ds.data.formats import FORMATS, choose_format
 from sparse_ds.data.reading import Row
+from sparse_ds.data.samples import Conversation, PromptCompletion, Sample, Text
 from sparse_ds.data.sources import open_source
 
 USER = {"role": "user", "content": "Hi"}
@@ -28,7 +29,11 @@ def convert(format_name: str, fields: dict[str, Any]) -> Sample:
         ({"instruction": "a", "input": "", "output": "b"}, "alpaca"),
         ({"instruction": "a", "input": "", "output": "b", "text": "whole"}, "alpaca"),
         ({"prompt": "a", "completion": "b", "id": 3}, "prompt_completion"),
+        ({"prompt": "a", "response": "b"}, "prompt_completion"),
+        ({"question": "a", "answer": "b"}, "prompt_completion"),
+        ({"instruction": "a", "context": "", "response": "b", "category": "c"}, "alpaca"),
         ({"messages": [USER, ASSISTANT], "prompt": "a"}, "messages"),
+        ({"conversations": [], "id": "a"}, "sharegpt"),
         ({"text": "a", "label": 1}, "text"),
     ],
 )
@@ -49,11 +54,11 @@ def test_detection_of_running_text(tmp_path: Path) -> None:
     ("row", "data_format", "message"),
     [
         (
-            {"question": "a", "answer": "b"},
+            {"query": "a", "gold": "b"},
             "auto",
-            r"no known format fits .*line 1; its fields are question, answer\..*"
+            r"no known format fits .*line 1; its fields are query, gold\..*"
             r"alpaca \(instruction, output\); prompt_completion \(prompt, completion\); messages \(messages\); "
-            r"text \(text\)",
+            r"sharegpt \(conversations\); text \(text\)",
         ),
         ({}, "auto", r"its fields are none"),
         (
@@ -104,7 +109,7 @@ def test_text() -> None:
 
 
 def test_conversation_ends_with_its_last_assistant_turn() -> None:
-    turns = [{"role": "system", "content": ""}, USER, {**ASSISTANT, "name": "Bot"}, USER]
+    turns = [{"role": "system", "content": ""}, USER, {**ASSISTANT, "id": 3}, USER]
     sample = convert("messages", {"messages": turns})
     assert sample == Conversation((turns[0], USER, ASSISTANT), "rows.jsonl, line 7")
 

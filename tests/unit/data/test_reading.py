@@ -99,6 +99,7 @@ def test_text_without_byte_order_mark_and_carriage_returns(tmp_path: Path) -> No
         ("a.json", b'[{"text":\n"caf\xe9"}]', r"line 2: not UTF-8"),
         ("a.csv", b"a,b\n1,2\n1,2,3\n", r"line 3: 3 fields, expected 2 as in the header \(a, b\)"),
         ("a.csv", b'a,b\n1,"2\n', r"line 2: broken record: unexpected end of data"),
+        ("a.csv", b'a,b\n1,"2\n3,4\n5,6\n', r"line 2: broken record, with all lines up to 4: unexpected end of data"),
         ("a.csv", b'a,b\n1,"2"x\n', r"line 2: broken record: .*RFC 4180"),
         ("a.csv", b"a,,c\n1,2,3\n", r"line 1: column 2 of the header has no name"),
         ("a.csv", b"a,b,a\n1,2,3\n", r"line 1: the header names a more than once"),

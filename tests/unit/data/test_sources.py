@@ -49,7 +49,7 @@ def test_text_file(tmp_path: Path) -> None:
     (tmp_path / "story.txt").write_text("Once upon a time")
     source = open_train(tmp_path / "story.txt")
     assert isinstance(source, TextSource)
-    assert source.text == "Once upon a time"
+    assert source.texts == ("Once upon a time",)
 
 
 def test_saved_dataset(tmp_path: Path) -> None:
@@ -80,12 +80,16 @@ def test_damaged_saved_dataset(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("source", "name", "split"),
     [
-        ("owner/name", "owner/name", "train"),
-        ("owner/name:test", "owner/name", "test"),
-        ("owner/name:train[:10%]", "owner/name", "train[:10%]"),
+        ("owner/name", ["owner/name"], "train"),
+        ("owner/name:test", ["owner/name"], "test"),
+        ("owner/name@main", ["owner/name", "main"], "train"),
+        ("owner/name@main:train[:10%]", ["owner/name", "main"], "train[:10%]"),
     ],
 )
-def test_hub_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, source: str, name: str, split: str) -> None:
+@pytest.mark.parametrize("streaming", [False, True])
+def test_hub_name(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, source: str, name: list[str], split: str, streaming: bool
+) -> None:
     calls = []
 
     def load(*arguments: str, **settings: str) -> Dataset:
@@ -94,10 +98,10 @@ def test_hub_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, source: str, 
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets, "load_dataset", load)
-    opened = open_train(source)
+    opened = open_source(source, field="data.train", split="train", streaming=streaming)
     assert fields_of(opened) == ROWS
-    assert calls == [((name,), {"split": split})]
-    assert opened.first.location == f"{name}:{split}, row 1"
+    assert calls == [(tuple(name), {"split": split, **({"streaming": True} if streaming else {})})]
+    assert opened.first.location == f"{'@'.join(name)}:{split}, row 1"
 
 
 def test_hub_failure_keeps_the_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -163,13 +167,43 @@ def test_unknown_suffix(tmp_path: Path) -> None:
         open_train(tmp_path / "rows")
 
 
-def test_folder_of_files_names_them(write_jsonl: Callable[..., Path], tmp_path: Path) -> None:
+def test_folder_of_files_in_the_order_of_their_names(write_jsonl: Callable[..., Path], tmp_path: Path) -> None:
     write_jsonl(*ROWS, name="b.jsonl")
-    write_jsonl(*ROWS, name="a.jsonl")
-    with pytest.raises(
-        UserError, match=r"not written by datasets' save_to_disk.*Name one of its files: a\.jsonl, b\.jsonl"
-    ):
+    (tmp_path / "a.csv").write_text("text\nzero\n")
+    (tmp_path / "README.md").write_text("no data")
+    source = open_train(tmp_path, split="validation")
+    assert fields_of(source) == [{"text": "zero"}, *ROWS]
+    assert [row.location for row in source] == [
+        f"{tmp_path / 'a.csv'}, line 2",
+        f"{tmp_path / 'b.jsonl'}, line 1",
+        f"{tmp_path / 'b.jsonl'}, line 2",
+    ]
+    assert source.contents == (tmp_path / "a.csv", tmp_path / "b.jsonl")
+
+
+def test_folder_of_texts(tmp_path: Path) -> None:
+    for name in ("b", "a"):
+        (tmp_path / f"{name}.txt").write_text(f"text {name}")
+    source = open_train(tmp_path)
+    assert isinstance(source, TextSource)
+    assert source.texts == ("text a", "text b")
+    (tmp_path / "c.jsonl").write_text('{"text": "c"}')
+    with pytest.raises(UserError, match=r"holds running text \(a\.txt\) and rows \(c\.jsonl\)"):
         open_train(tmp_path)
+
+
+def test_broken_rows_are_kept_where_they_are_asked_for(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{broken\n{"text": "one"}\n')
+    source = open_train(path)
+    assert isinstance(source, RowSource)
+    assert source.first.fields == {"text": "one"}
+    assert [row.broken is None for row in source.with_broken()] == [False, True]
+    with pytest.raises(UserError, match=r"rows\.jsonl, line 1: broken JSON"):
+        list(source)
+    path.write_text("{broken\n")
+    with pytest.raises(UserError, match=r"rows\.jsonl, line 1: broken JSON"):
+        open_train(path)
 
 
 @pytest.mark.parametrize("name", ["", "  "])

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from sparse_ds.config.errors import UserError
 from sparse_ds.data import build_dataset
-from sparse_ds.data.formats import Conversation, PromptCompletion, Text
+from sparse_ds.data.samples import Conversation, PromptCompletion, Text
 from sparse_ds.data.templates import alpaca_prompt
 from sparse_ds.data.tokenization import EncodedSample, SampleEncoder
 
@@ -234,7 +234,7 @@ def test_messages_truncated(make_tokenizer: MakeTokenizer) -> None:
 )
 def test_templates_that_cannot_be_used(make_tokenizer: MakeTokenizer, template: str, message: str) -> None:
     tokenizer = make_tokenizer(chat_template=template)
-    with pytest.raises(UserError, match=rf'rows\.jsonl, line 3: field "messages": .*{message}'):
+    with pytest.raises(UserError, match=rf"rows\.jsonl, line 3: the chat template .*{message}"):
         encode(tokenizer, Conversation(TURNS, "rows.jsonl, line 3"))
 
 

@@ -20,7 +20,14 @@ from sparse_ds.config.errors import UserError
 from sparse_ds.model.base_checkpoint import BaseCheckpoint
 from sparse_ds.model.base_tensors import BaseSettings
 from sparse_ds.model.build import SparseSettings, build_sparse_model, empty_model, plan_layouts
-from sparse_ds.model.classification_head import Classification, find_label_word_ids, initial_head, install_head
+from sparse_ds.model.classification_head import (
+    NORMAL_SCALE,
+    Classification,
+    find_label_word_ids,
+    initial_head,
+    install_head,
+    normal_numbers,
+)
 
 LABELS = ("no", "yes", "maybe")
 PAD = 2
@@ -35,10 +42,15 @@ def build(folder: Path, whole: Any, dtype: torch.dtype) -> tuple[PreTrainedModel
     model = empty_model(checkpoint, base, classification)
     sparse = SparseSettings("all-linear", density=0.1, seed=3)
     layouts = plan_layouts(model, sparse)
-    head_LD = initial_head(checkpoint, classification, model.config.hidden_size, seed=3)
-    install_head(model, head_LD, torch.float32, whole)
+    head = initial_head(checkpoint, classification, model, seed=3)
+    install_head(model, head, torch.float32, whole)
     load(checkpoint, model, layouts, base, lambda: build_sparse_model(model, layouts, base, sparse, whole))
-    return model, head_LD
+    return model, head["score.weight"]
+
+
+def head_of(checkpoint: BaseCheckpoint, classification: Classification) -> Tensor:
+    base = BaseSettings(torch.float32, nf4=False, double_quantization=False, attention="eager")
+    return initial_head(checkpoint, classification, empty_model(checkpoint, base, classification), 0)["score.weight"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -67,33 +79,33 @@ def test_before_training_it_is_transformers_classifier(
     assert not any(name.startswith("lm_head") for name, _ in model.named_parameters())
 
 
-def test_normal_numbers(make_checkpoint: MakeCheckpoint) -> None:
-    checkpoint = BaseCheckpoint(make_checkpoint())
-    classification = Classification(tuple(map(str, range(50))), PAD)
-    head = initial_head(checkpoint, classification, 400, seed=3)
+def test_normal_numbers() -> None:
+    scale = NORMAL_SCALE / math.sqrt(400)
+    head = normal_numbers((50, 400), scale, 3, "score.weight")
     assert head.dtype == torch.float32 and head.shape == (50, 400)
-    scaled = head.double() / (0.06 / math.sqrt(400))
+    scaled = head.double() / scale
     # 20,000 numbers: five standard errors of mean, variance and fourth moment.
     assert abs(float(scaled.mean())) < 5 / math.sqrt(20_000)
     assert abs(float(scaled.var()) - 1) < 5 * math.sqrt(2 / 20_000)
     assert abs(float((scaled**4).mean()) - 3) < 5 * math.sqrt(96 / 20_000)
-    assert torch.equal(head, initial_head(checkpoint, classification, 400, seed=3))
-    assert not torch.equal(head, initial_head(checkpoint, classification, 400, seed=4))
+    assert torch.equal(head, normal_numbers((50, 400), scale, 3, "score.weight"))
+    assert not torch.equal(head, normal_numbers((50, 400), scale, 4, "score.weight"))
+    assert not torch.equal(head, normal_numbers((50, 400), scale, 3, "classifier.weight"))
 
 
-def test_normal_numbers_are_the_same_on_every_machine(make_checkpoint: MakeCheckpoint) -> None:
-    head = initial_head(BaseCheckpoint(make_checkpoint()), Classification(LABELS, PAD), 4, seed=0)
+def test_normal_numbers_are_the_same_on_every_machine() -> None:
+    head = normal_numbers((3, 4), NORMAL_SCALE / math.sqrt(4), 0, "score.weight")
     assert head[0].tolist() == pytest.approx(FIRST_ROW, rel=1e-6)
 
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_rows_of_label_words(make_checkpoint: MakeCheckpoint, tied: bool) -> None:
     checkpoint = BaseCheckpoint(make_checkpoint(tie_word_embeddings=tied))
-    head = initial_head(checkpoint, Classification(LABELS, PAD, (7, 3, 11)), 12, seed=0)
+    head = head_of(checkpoint, Classification(LABELS, PAD, (7, 3, 11)))
     source = "model.embed_tokens.weight" if tied else "lm_head.weight"
     assert torch.equal(head, checkpoint.read(source)[[7, 3, 11]].float())
     with pytest.raises(UserError, match=f"tensor '{source}' has shape .* expected rows of 12 for every token up to 20"):
-        initial_head(checkpoint, Classification(LABELS, PAD, (7, 3, 20)), 12, seed=0)
+        head_of(checkpoint, Classification(LABELS, PAD, (7, 3, 20)))
 
 
 def test_first_tokens_of_label_words() -> None:

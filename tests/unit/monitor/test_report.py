@@ -197,15 +197,26 @@ def test_folders_that_are_no_runs(tmp_path: Path) -> None:
         compare_runs([tmp_path])
 
 
-def test_accuracies_of_a_classification(tmp_path: Path) -> None:
-    classifier = replace(SUMMARY, heldout_accuracy_before=0.5, heldout_accuracy_after=0.93)
-    assert "held-out accuracy  50.0% before, 93.0% after" in run_table(classifier).splitlines()
+def test_scores_of_a_classification(tmp_path: Path) -> None:
+    classifier = replace(
+        SUMMARY,
+        heldout_scores_before={"accuracy": 0.5, "f1_macro": 0.4, "matthews": 0.0},
+        heldout_scores_after={"accuracy": 0.93, "f1_macro": 0.9251, "matthews": 0.86},
+    )
+    shown = run_table(classifier).splitlines()
+    assert "held-out accuracy    50.0% before, 93.0% after" in shown
+    assert "held-out F1 (macro)  0.400 before, 0.925 after" in shown
+    assert "held-out Matthews    0.000 before, 0.860 after" in shown
+    assert not any("F1 " in line and "macro" not in line for line in shown), "F1 is that of two labels"
     folders = [write_run(tmp_path / "a", "sparta", classifier), write_run(tmp_path / "b", "full", SUMMARY)]
     header, _, first, second, *_ = compare_runs(folders).splitlines()
-    assert header.split()[5:7] == ["after", "right"]
-    assert "93.0%" in first.split() and "93.0%" not in second.split()
+    assert header.split()[5:8] == ["after", "right", "MCC"]
+    assert {"93.0%", "0.860"} < set(first.split()) and not {"93.0%", "0.860"} & set(second.split())
     assert all(len(line) <= 100 for line in compare_runs(folders).splitlines())
     record = classifier.to_record()
     assert RunSummary.from_record(record) == classifier
-    del record["heldout_accuracy_before"], record["heldout_accuracy_after"]
+    del record["heldout_scores_before"], record["heldout_scores_after"]
     assert RunSummary.from_record(record) == SUMMARY, "a record of a time before there were classifications"
+    record |= {"heldout_accuracy_before": 0.5, "heldout_accuracy_after": 0.93}
+    older = RunSummary.from_record(record)
+    assert older.heldout_scores_after == {"accuracy": 0.93}, "a record of a time when accuracy was the only score"

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import Parameter
+from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from sparse_ds.sparse.layout import SparseLayout
 from sparse_ds.sparse.sparse_linear import SparseLinear
-from sparse_ds.sparse.sparse_vector import SparseRMSNorm, SparseVector
+from sparse_ds.sparse.sparse_vector import SparseLayerNorm, SparseRMSNorm, SparseVector
 
 INDICES = [0, 3, 4, 8]
 
@@ -33,11 +36,26 @@ def dense(tensors: dict[str, Parameter]) -> Tensor:
     return weight
 
 
+def llama_norm(layout: SparseLayout, tensors: dict[str, Parameter]) -> tuple[nn.Module, nn.Module]:
+    return SparseRMSNorm(layout, tensors, eps=1e-5), LlamaRMSNorm(9, eps=1e-5)
+
+
+def gemma2_norm(layout: SparseLayout, tensors: dict[str, Parameter]) -> tuple[nn.Module, nn.Module]:
+    return SparseRMSNorm(layout, tensors, eps=1e-5, adds_one=True), Gemma2RMSNorm(9, eps=1e-5)
+
+
+def layer_norm(layout: SparseLayout, tensors: dict[str, Parameter]) -> tuple[nn.Module, nn.Module]:
+    bias = torch.randn(9, generator=torch.Generator().manual_seed(3)).to(tensors["weight"].dtype)
+    expected = nn.LayerNorm(9, eps=1e-5)
+    expected.bias = Parameter(bias, requires_grad=False)
+    return SparseLayerNorm(layout, tensors, Parameter(bias, requires_grad=False), 1e-5), expected
+
+
+@pytest.mark.parametrize("make", [llama_norm, gemma2_norm, layer_norm])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_norm(dtype: torch.dtype) -> None:
+def test_norm(dtype: torch.dtype, make: Callable[..., tuple[nn.Module, nn.Module]]) -> None:
     tensors = vector_tensors(dtype)
-    norm = SparseRMSNorm(SparseLayout(9, 1, 4), tensors, eps=1e-5)
-    expected = LlamaRMSNorm(9, eps=1e-5)
+    norm, expected = make(SparseLayout(9, 1, 4), tensors)
     expected.weight = Parameter(dense(tensors))
     before = tensors["weight"].detach().clone()
     x = torch.randn(2, 5, 9, generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_()
