@@ -38,10 +38,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from llama_on_disk import LlamaShape, has_llama, shape_of_size, write_llama
 from safetensors import safe_open
-from sparse_ds.adapter.supertuning import save_supertuning
 
 from sparse_ds.adapter.adapter import AdapterBase, AdapterConfig, Deltas
 from sparse_ds.adapter.native import load_adapter, save_adapter
+from sparse_ds.adapter.peft_formats.supertuning import save_supertuning
 from sparse_ds.export.merged import merge_adapter
 from sparse_ds.model.base_checkpoint import BaseCheckpoint
 from sparse_ds.selection.random_subset import random_subset

@@ -3,9 +3,9 @@
     python scripts/compare_merging.py --model MODEL --text grimm=grimm.txt --text plays=plays.txt --output runs/merging
 
 The first 85 % of a text's lines train an adapter of its own through launcher/train.py, the rest is held out. The
-adapters are merged by sum, by equal weights, by TIES and by DARE, each with its number at several settings and with
-nothing tuned further, and every merged model is loaded in plain transformers and measured on all held-out texts. Beside
-them stand the base and every adapter alone, and what the adapters have in common.
+adapters are merged by sum, by equal weights, by TIES and by DARE at several settings, with nothing tuned further, and
+every merged model is loaded in plain transformers and measured on all held-out texts. Beside them stand the base and
+every adapter alone, and what the adapters have in common.
 
 An adapter that is finished is kept in the output folder and not trained again, so the script can be interrupted.
 """
@@ -67,12 +67,14 @@ def main() -> None:
     parser.add_argument("--sequence-length", type=int, default=256)
     parser.add_argument("--density", type=float, default=0.05)
     parser.add_argument("--heldout-samples", type=int, default=64, help="at most so many of each text")
+    parser.add_argument("--threads", type=int, default=1, help="of the measurements")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there")
     arguments = parser.parse_args()
     texts = {name: Path(path) for name, _, path in (text.partition("=") for text in arguments.text)}
     if len(texts) < 2 or not all(path.is_file() for path in texts.values()):
         parser.error("--text NAME=FILE is needed twice or more, with different names and files that exist")
     logging.disable_progress_bar()
+    torch.set_num_threads(arguments.threads)
     adapters = {name: train(arguments, name, path, seed) for seed, (name, path) in enumerate(texts.items())}
     rows = list(measure(arguments, adapters))
     shared = overlap(list(adapters.values()), names=list(adapters))
@@ -167,6 +169,10 @@ def candidates(adapters: dict[str, Adapter]) -> Iterator[tuple[str, Adapter]]:
     yield f"linear, weights {equal[0]:.2g}", CombinedAdapter(sources, Combination("linear", weights=equal))
     for density in TIES_DENSITIES:
         yield f"TIES, density {density}", CombinedAdapter(sources, Combination("ties", density=density))
+        yield (
+            f"TIES, density {density}, weights {equal[0]:.2g}",
+            CombinedAdapter(sources, Combination("ties", weights=equal, density=density)),
+        )
     for drop_rate in DROP_RATES:
         drops: dict[str, Any] = {"drop_rate": drop_rate, "seed": DROP_SEED}
         yield f"DARE, drop rate {drop_rate}", CombinedAdapter(sources, Combination("dare_linear", **drops))

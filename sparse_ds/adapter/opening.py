@@ -13,8 +13,8 @@ from pathlib import Path
 from sparse_ds.adapter.adapter import Adapter
 from sparse_ds.adapter.native import CONFIG_FILE, FORMAT_NAME, load_adapter
 from sparse_ds.adapter.of_checkpoint import CheckpointAdapter
-from sparse_ds.adapter.shira import ShiraAdapter
-from sparse_ds.adapter.supertuning import SupertuningAdapter
+from sparse_ds.adapter.peft_formats.shira import ShiraAdapter
+from sparse_ds.adapter.peft_formats.supertuning import SupertuningAdapter
 from sparse_ds.checkpoint.index import INDEX_FILE
 from sparse_ds.config.errors import UserError
 

@@ -123,8 +123,8 @@ def _write_merged(adapter: Adapter, arguments: argparse.Namespace) -> None:
 
 
 def _write_peft(adapter: Adapter, arguments: argparse.Namespace) -> None:
-    from sparse_ds.adapter.shira import save_shira
-    from sparse_ds.adapter.supertuning import save_supertuning
+    from sparse_ds.adapter.peft_formats.shira import save_shira
+    from sparse_ds.adapter.peft_formats.supertuning import save_supertuning
 
     save = save_supertuning if arguments.format == "supertuning" else save_shira
     written = save(adapter, arguments.output, base_name=arguments.base_model, overwrite=arguments.overwrite)

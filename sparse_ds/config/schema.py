@@ -256,6 +256,9 @@ class CheckpointConfig(_Section):
     that one; null: begin anew."""
 
 
+PEFT_FORMATS = ("supertuning", "shira")
+
+
 class ExportConfig(_Section):
     """What the run leaves besides the adapter."""
 
@@ -263,6 +266,9 @@ class ExportConfig(_Section):
     """Write the merged dense model, which plain transformers loads."""
     merged_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """The dtype of the merged model."""
+    adapters: list[Literal["supertuning", "shira"]] = []
+    """Also write the adapter as PEFT reads it, as adapter_<format>/: `supertuning` over a 16-bit base, `shira` over a
+    4-bit one."""
     base_weights: Literal["dequantized", "original"] = "dequantized"
     """Of a training over NF4: merge into the 4-bit weights that were trained on, which gives the trained model exactly,
     or into the original ones, which gives another model."""

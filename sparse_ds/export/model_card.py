@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.metadata import version
 
 from sparse_ds.adapter.adapter import Adapter
-from sparse_ds.adapter.peft_card import public_name
+from sparse_ds.adapter.peft_formats.model_card import public_name
 
 
 def merged_model_card(
@@ -65,6 +65,7 @@ def merged_model_card(
             'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")',
             "```",
             "",
+            *([adapter.model_card_section, ""] if adapter.model_card_section else []),
             "The license of the base model applies.",
             "",
         ]

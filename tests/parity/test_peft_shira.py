@@ -14,7 +14,7 @@ from peft_models import edited_model, logits, make_adapter, make_base
 from transformers import AutoModelForCausalLM
 
 from sparse_ds.adapter.adapter import AdapterConfig
-from sparse_ds.adapter.shira import ShiraAdapter, save_shira
+from sparse_ds.adapter.peft_formats.shira import ShiraAdapter, save_shira
 from sparse_ds.export.merged import merge_adapter
 
 

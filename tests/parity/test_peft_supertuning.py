@@ -12,7 +12,7 @@ from peft_models import LABELS, SHAPES, TOKENS, edited_model, logits, make_adapt
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from sparse_ds.adapter.adapter import Adapter, AdapterConfig
-from sparse_ds.adapter.supertuning import SupertuningAdapter, save_supertuning
+from sparse_ds.adapter.peft_formats.supertuning import SupertuningAdapter, save_supertuning
 from sparse_ds.export.merged import merge_adapter
 
 

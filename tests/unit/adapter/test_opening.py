@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from sparse_ds.adapter.native import NativeAdapter, load_adapter
 from sparse_ds.adapter.opening import open_adapter
-from sparse_ds.adapter.shira import ShiraAdapter, save_shira
-from sparse_ds.adapter.supertuning import SupertuningAdapter, save_supertuning
+from sparse_ds.adapter.peft_formats.shira import ShiraAdapter, save_shira
+from sparse_ds.adapter.peft_formats.supertuning import SupertuningAdapter, save_supertuning
 from sparse_ds.config.errors import UserError
 
 

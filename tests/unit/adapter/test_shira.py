@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM
 
 from sparse_ds.adapter.adapter import Adapter, AdapterConfig
 from sparse_ds.adapter.native import load_adapter, save_adapter
-from sparse_ds.adapter.peft_export import PREFIX
-from sparse_ds.adapter.shira import ShiraAdapter, save_shira
+from sparse_ds.adapter.peft_formats.shira import ShiraAdapter, save_shira
+from sparse_ds.adapter.peft_formats.writing import PREFIX
 from sparse_ds.config.errors import UserError
 from sparse_ds.export.quantized import write_nf4_checkpoint
 

@@ -22,8 +22,13 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from sparse_ds.adapter.adapter import Adapter, AdapterConfig
 from sparse_ds.adapter.native import load_adapter, save_adapter
-from sparse_ds.adapter.peft_export import PREFIX, RECORD_FILE
-from sparse_ds.adapter.supertuning import SupertuningAdapter, find_sparsity, num_peft_entries, save_supertuning
+from sparse_ds.adapter.peft_formats.supertuning import (
+    SupertuningAdapter,
+    find_sparsity,
+    num_peft_entries,
+    save_supertuning,
+)
+from sparse_ds.adapter.peft_formats.writing import PREFIX, RECORD_FILE
 from sparse_ds.config.errors import UserError
 from sparse_ds.export.merged import merge_adapter
 

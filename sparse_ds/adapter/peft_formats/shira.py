@@ -24,8 +24,8 @@ from peft import ShiraConfig
 from torch import Tensor
 
 from sparse_ds.adapter.adapter import Adapter, AdapterConfig
-from sparse_ds.adapter.peft_export import PeftExport, PeftFormat, PeftPlan, write_peft_folder
-from sparse_ds.adapter.peft_import import PeftAdapter
+from sparse_ds.adapter.peft_formats.reading import PeftAdapter
+from sparse_ds.adapter.peft_formats.writing import PeftExport, PeftFormat, PeftPlan, write_peft_folder
 from sparse_ds.config.errors import UserError
 
 PARTS = ("shira_indices", "shira_weight")
@@ -36,7 +36,7 @@ MASK_TYPE = "sparse_ds"
 def save_shira(
     adapter: Adapter, output: Path | str, *, base_name: str | None = None, overwrite: bool = False
 ) -> PeftExport:
-    """Write a `shira` adapter; arguments, memory and errors as `peft_export.write_peft_folder`.
+    """Write a `shira` adapter; arguments, memory and errors as `writing.write_peft_folder`.
 
     Raises:
         UserError: also deltas of biases or norms, and a density that no `r` gives to all matrices.

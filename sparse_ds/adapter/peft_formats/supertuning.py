@@ -23,8 +23,8 @@ from peft import SupertuningConfig
 from torch import Tensor
 
 from sparse_ds.adapter.adapter import Adapter, AdapterConfig, tensor_name
-from sparse_ds.adapter.peft_export import PeftExport, PeftFormat, PeftPlan, write_peft_folder
-from sparse_ds.adapter.peft_import import PeftAdapter
+from sparse_ds.adapter.peft_formats.reading import PeftAdapter
+from sparse_ds.adapter.peft_formats.writing import PeftExport, PeftFormat, PeftPlan, write_peft_folder
 from sparse_ds.config.errors import UserError
 
 PARTS = ("supertuning_indices", "supertuning_values")
@@ -33,7 +33,7 @@ PARTS = ("supertuning_indices", "supertuning_values")
 def save_supertuning(
     adapter: Adapter, output: Path | str, *, base_name: str | None = None, overwrite: bool = False
 ) -> PeftExport:
-    """Write a `supertuning` adapter; arguments, memory and errors as `peft_export.write_peft_folder`.
+    """Write a `supertuning` adapter; arguments, memory and errors as `writing.write_peft_folder`.
 
     Raises:
         UserError: also deltas of biases or norms, and a matrix of 2^31 weights or more.

@@ -1,7 +1,7 @@
 """What both PEFT formats share in reading: folders that this project wrote, and those of PEFT itself.
 
 With `sparse_ds.json` a folder says what it was: the adapter that was exported comes back as it was, in its config too.
-Without, it is one that PEFT trained: its entries are sorted, and `peft_base` fills in what the files do not say.
+Without, it is one that PEFT trained: its entries are sorted, and `base_shapes` fills in what the files do not say.
 
 Of several entries at index 0, those of value 0 only fill up. Everything else that comes twice is refused.
 """
@@ -20,8 +20,8 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from sparse_ds.adapter.adapter import Adapter, AdapterConfig, Deltas
-from sparse_ds.adapter.peft_base import PeftBase
-from sparse_ds.adapter.peft_export import (
+from sparse_ds.adapter.peft_formats.base_shapes import PeftBase
+from sparse_ds.adapter.peft_formats.writing import (
     CONFIG_FILE,
     PREFIX,
     RECORD_FILE,

@@ -18,7 +18,7 @@ from typing import Any
 from peft import PeftConfig
 
 from sparse_ds.adapter.adapter import AdapterBase, AdapterConfig, tensor_name
-from sparse_ds.adapter.peft_export import TASK_TYPES
+from sparse_ds.adapter.peft_formats.writing import TASK_TYPES
 from sparse_ds.config.errors import UserError
 from sparse_ds.model.base_checkpoint import BaseCheckpoint
 from sparse_ds.model.classification_head import HEAD_NAME

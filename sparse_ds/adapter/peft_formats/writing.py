@@ -28,7 +28,7 @@ from pydantic import BaseModel, ConfigDict, NonNegativeInt
 from torch import Tensor
 
 from sparse_ds.adapter.adapter import Adapter, AdapterConfig, Deltas
-from sparse_ds.adapter.peft_card import peft_model_card
+from sparse_ds.adapter.peft_formats.model_card import peft_model_card
 from sparse_ds.adapter.valid_deltas import deltas_problem, dense_problem
 from sparse_ds.checkpoint.atomic_folder import atomic_folder
 from sparse_ds.checkpoint.tensor_file import TensorFile, TensorSpec
