@@ -33,11 +33,14 @@ finds the same, prints it and ends, and the launcher then ends the others. Only 
 
 
 COMMANDS = {
-    "export": "a merged dense model from an adapter, or the adapter in another format",
-    "quantize": "save a base model in NF4, which then loads faster",
-    "report": "compare finished runs in one table",
+    "export": ("export_adapter", "a merged dense model from an adapter, or the adapter in another format"),
+    "import": ("import_adapter", "an adapter from PEFT's formats, or from the difference of two checkpoints"),
+    "merge": ("merge_adapters", "several adapters as one, or as one model with several heads"),
+    "inspect": ("inspect_adapter", "what is in an adapter"),
+    "quantize": ("quantize", "save a base model in NF4, which then loads faster"),
+    "report": ("report", "compare finished runs in one table"),
 }
-"""Files of `sparse_ds.commands` and what they do."""
+"""Name -> file of `sparse_ds.commands`, and what it does."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="sparse-ds", description="Sparse fine-tuning on DeepSpeed ZeRO-3.")
     commands = parser.add_subparsers(dest="command", required=True)
     _add_train_arguments(commands.add_parser("train", help="fine-tune (under any launcher, or one process)"))
-    for name, purpose in COMMANDS.items():
+    for name, (_, purpose) in COMMANDS.items():
         _command(name).add_arguments(commands.add_parser(name, help=purpose))
     arguments = parser.parse_args(argv)
     if arguments.command == "train":
@@ -60,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _command(name: str) -> Any:
-    return importlib.import_module(f"sparse_ds.commands.{name}")
+    return importlib.import_module(f"sparse_ds.commands.{COMMANDS[name][0]}")
 
 
 def train(argv: Sequence[str] | None = None) -> int:

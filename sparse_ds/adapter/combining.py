@@ -26,6 +26,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, get_args
 
 import torch
@@ -142,7 +143,6 @@ class CombinedAdapter(Adapter):
         *,
         allow_other_names: bool = False,
     ) -> None:
-        check_same_base(adapters, allow_other_names=allow_other_names)
         for adapter in adapters:
             if adapter.config.dense_shapes:
                 raise UserError(
@@ -150,6 +150,7 @@ class CombinedAdapter(Adapter):
                     f"({', '.join(sorted(adapter.config.dense_shapes))}), which cannot be added up. Make a multi-head "
                     "model of such adapters: one merged body, and the head of each."
                 )
+        check_same_base(adapters, allow_other_names=allow_other_names)
         self.adapters = tuple(adapters)
         self.combination = combination or Combination()
         self._weights = self.combination.weights_of(len(adapters))
@@ -183,6 +184,10 @@ class CombinedAdapter(Adapter):
 
     def read_dense(self, name: str) -> Tensor:
         raise KeyError(name)
+
+    @property
+    def sources(self) -> tuple[Path, ...]:
+        return tuple(source for adapter in self.adapters for source in adapter.sources)
 
     def _merge(self, chunk: AlignedChunk, weights_A: Tensor) -> Tensor:
         """[U] fp64."""

@@ -128,7 +128,7 @@ def merge_adapter(
         _check_same_weights(adapter, checkpoint)
     if base_weights == "original":
         _check_has_original(adapter, checkpoint)
-    _check_output_apart(Path(output), checkpoint.folder, adapter.folder)
+    _check_output_apart(Path(output), checkpoint.folder, *adapter.sources)
     with ProgressBytes("merging", checkpoint.size_bytes, enabled=show_progress) as progress:
         merge = _Merge(checkpoint, layout, adapter, base_weights, device, progress)
         written = write_checkpoint(
@@ -214,9 +214,10 @@ def _report(weight_OI: Tensor, deltas: Deltas, error_norm: float | None) -> Matr
 
 def _config_changes(checkpoint: BaseCheckpoint, adapter: Adapter) -> dict[str, Any]:
     labels, pad_token_id = adapter.config.labels, adapter.config.pad_token_id
-    if labels is None or pad_token_id is None:
-        return {}
-    return classifier_config(checkpoint.config["model_type"], labels, pad_token_id)
+    changes: dict[str, Any] = {}
+    if labels is not None and pad_token_id is not None:
+        changes = classifier_config(checkpoint.config["model_type"], labels, pad_token_id)
+    return {**changes, **adapter.model_config}
 
 
 def _layout(checkpoint: BaseCheckpoint, adapter: Adapter) -> dict[str, Tensor]:

@@ -66,6 +66,7 @@ def merged_model_card(
             'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")',
             "```",
             "",
+            *([adapter.model_card_section, ""] if adapter.model_card_section else []),
             "The license of the base model applies.",
             "",
         ]

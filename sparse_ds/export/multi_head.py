@@ -14,9 +14,7 @@ and every task keeps the head that was trained with its own adapter.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +23,6 @@ from torch import Tensor
 
 from sparse_ds.adapter.adapter import Adapter, Deltas
 from sparse_ds.adapter.combining import Combination, CombinedAdapter
-from sparse_ds.checkpoint.atomic_folder import atomic_folder
 from sparse_ds.config.errors import UserError
 from sparse_ds.export.merged import MergeReport, merge_adapter
 
@@ -46,6 +43,7 @@ class MultiHeadAdapter(Adapter):
             different pad tokens, or adapters that cannot be combined (`CombinedAdapter`).
 
     Attributes:
+        bodies: the adapters without their heads.
         heads: task -> (its first row, the row behind its last) of the head.
     """
 
@@ -57,7 +55,7 @@ class MultiHeadAdapter(Adapter):
         allow_other_names: bool = False,
     ) -> None:
         _check_tasks(adapters)
-        bodies = [_Body(adapter) for adapter in adapters.values()]
+        bodies = self.bodies = [_Body(adapter) for adapter in adapters.values()]
         self._adapters = dict(adapters)
         self._body = CombinedAdapter(bodies, combination, allow_other_names=allow_other_names)
         self.folder = self._body.folder
@@ -75,6 +73,35 @@ class MultiHeadAdapter(Adapter):
                 "labels": tuple(labels),
                 "pad_token_id": next(iter(adapters.values())).config.pad_token_id,
             }
+        )
+
+    @property
+    def sources(self) -> tuple[Path, ...]:
+        return self._body.sources
+
+    @property
+    def model_config(self) -> Mapping[str, Any]:
+        # Labels of several tasks at once are no single label.
+        return {HEADS_KEY: {task: list(rows) for task, rows in self.heads.items()}, "problem_type": None}
+
+    @property
+    def model_card_section(self) -> str:
+        return "\n".join(
+            [
+                "## Heads",
+                "",
+                "One forward pass gives the logits of all tasks. Take a softmax over the rows of one task, never over "
+                "all:",
+                "",
+                "| task | rows |",
+                "|---|---|",
+                *(f"| {task} | {first} to {end - 1} |" for task, (first, end) in self.heads.items()),
+                "",
+                "```python",
+                "logits = model(**inputs).logits",
+                f"by_task = {{task: logits[:, first:end] for task, (first, end) in model.config.{HEADS_KEY}.items()}}",
+                "```",
+            ]
         )
 
     def read(self, module_name: str) -> Deltas:
@@ -115,32 +142,17 @@ def write_multi_head(
         UserError: as of `MultiHeadAdapter` and `merge_adapter`. Raised before anything is written.
         RuntimeError: not enough room on the disk, or writing failed; nothing is left behind.
     """
-    output = Path(output)
-    _check_tasks(adapters)
-    if base is None:
-        base = next(iter(adapters.values())).config.base.name
-    for source in [*(adapter.folder for adapter in adapters.values()), Path(base)]:
-        if source.exists() and output.resolve() in (source.resolve(), *source.resolve().parents):
-            raise UserError(f"Output folder '{output}' holds '{source}', which is being read. Give another path.")
-    with atomic_folder(output, marker="config.json", overwrite=overwrite) as partial:
-        adapter = MultiHeadAdapter(adapters, combination, allow_other_names=allow_other_names)
-        report = merge_adapter(
-            base,
-            adapter,
-            partial / "model",
-            dtype=dtype,
-            max_shard_size=max_shard_size,
-            tokenizer=tokenizer,
-            device=device,
-        )
-        for path in (partial / "model").iterdir():
-            path.rename(partial / path.name)
-        (partial / "model").rmdir()
-        try:
-            _name_heads(partial, adapter.heads)
-        except OSError as error:
-            raise RuntimeError(f"Could not write the model to '{output}': {error}. Nothing was left there.") from error
-    return replace(report, checkpoint=replace(report.checkpoint, folder=output))
+    adapter = MultiHeadAdapter(adapters, combination, allow_other_names=allow_other_names)
+    return merge_adapter(
+        adapter.config.base.name if base is None else base,
+        adapter,
+        output,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        tokenizer=tokenizer,
+        device=device,
+        overwrite=overwrite,
+    )
 
 
 def task_logits(logits: Tensor, config: Any) -> dict[str, Tensor]:
@@ -178,6 +190,10 @@ class _Body(Adapter):
         self.head_shape = adapter.config.dense_shapes[HEAD]
         self.config = adapter.config.model_copy(update={"dense_shapes": {}, "labels": None, "pad_token_id": None})
 
+    @property
+    def sources(self) -> tuple[Path, ...]:
+        return self._adapter.sources
+
     def read(self, module_name: str) -> Deltas:
         return self._adapter.read(module_name)
 
@@ -214,31 +230,3 @@ def _check_task(task: str, adapter: Adapter) -> None:
             f"Adapter '{adapter.folder}' of task '{task}' trained {dict(config.dense_shapes)} as a whole, expected "
             f"'{HEAD}' alone, with {len(config.labels)} rows for its labels."
         )
-
-
-def _name_heads(folder: Path, heads: Mapping[str, tuple[int, int]]) -> None:
-    """Say in config.json and README.md which rows of the head are whose."""
-    path = folder / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
-    config[HEADS_KEY] = {task: list(rows) for task, rows in heads.items()}
-    # Labels of several tasks at once are no single label.
-    config["problem_type"] = None
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    table = [f"| {task} | {first} to {end - 1} |" for task, (first, end) in heads.items()]
-    text = [
-        "## Heads",
-        "",
-        "One forward pass gives the logits of all tasks. Take a softmax over the rows of one task, never over all:",
-        "",
-        "| task | rows |",
-        "|---|---|",
-        *table,
-        "",
-        "```python",
-        "logits = model(**inputs).logits",
-        f"by_task = {{task: logits[:, first:end] for task, (first, end) in model.config.{HEADS_KEY}.items()}}",
-        "```",
-        "",
-    ]
-    with (folder / "README.md").open("a", encoding="utf-8") as file:
-        file.write("\n".join(["", *text]))
