@@ -42,9 +42,20 @@ class RunSummary:
         """Trained weights / all weights (0 to 1)."""
         return self.num_trained_weights / self.num_weights
 
+    @property
+    def heldout_accuracy_before(self) -> float | None:
+        """Share of `data.eval` that a classification gets right before the first step."""
+        return (self.heldout_scores_before or {}).get("accuracy")
+
+    @property
+    def heldout_accuracy_after(self) -> float | None:
+        """As `heldout_accuracy_before`."""
+        return (self.heldout_scores_after or {}).get("accuracy")
+
     def to_record(self) -> dict[str, Any]:
-        """The fields, and `trained_fraction`."""
-        return {**asdict(self), "trained_fraction": self.trained_fraction}
+        """The fields, `trained_fraction`, and the accuracies."""
+        derived = ("trained_fraction", "heldout_accuracy_before", "heldout_accuracy_after")
+        return {**asdict(self), **{name: getattr(self, name) for name in derived}}
 
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> RunSummary:
@@ -57,7 +68,7 @@ class RunSummary:
         values = {name: record[name] for name in given}
         for when in ("before", "after"):
             # Of a run before there were other scores.
-            if record.get(f"heldout_accuracy_{when}") is not None:
+            if f"heldout_scores_{when}" not in record and record.get(f"heldout_accuracy_{when}") is not None:
                 values[f"heldout_scores_{when}"] = {"accuracy": record[f"heldout_accuracy_{when}"]}
         for name in record.get("non_finite", {}):
             if name in values:
