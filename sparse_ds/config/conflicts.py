@@ -156,6 +156,8 @@ def _task_conflicts(model: ModelConfig, data: DataConfig | None) -> Iterator[str
         yield f"data.format: got {data.format}, expected {expected} with model.task {model.task}."
     if model.head_initialization == "label_words" and is_classification and model.label_words is None:
         yield "model.label_words: missing, and model.head_initialization label_words needs a word per label. Give them."
+    if data is not None and data.tasks and is_classification:
+        yield "data.tasks: given, but only model.task causal_lm answers questions. Remove it."
     labels = None if data is None else data.labels
     if labels is not None and len(set(labels)) < len(labels):
         repeated = next(label for label in labels if labels.count(label) > 1)

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from sparse_ds.config.conflicts import find_conflicts, find_idle_task_keys, find_warnings, idle_keys
 from sparse_ds.config.errors import UserError
 from sparse_ds.config.methods import all_methods
+from sparse_ds.config.tasks import Task
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Text = Annotated[str, Field(min_length=1)]
@@ -100,6 +101,9 @@ class DataConfig(_Section):
     """The longest sample, in tokens; what is longer is cut."""
     num_eval_samples: PositiveInt | None = None
     """At most so many samples of `data.eval` are used; null: all."""
+    tasks: list[Task] = []
+    """Questions that the model answers whenever it is evaluated, before and after the run: files, or objects with the
+    fields of `sparse_ds/config/tasks.py`; `model.task` causal_lm only."""
 
 
 class MethodConfig(_Section):

@@ -37,6 +37,8 @@ from sparse_ds.distributed.zero3_partitions import MasterWeights, all_reduce_max
 from sparse_ds.drop_grow.estimation import EstimationPhase
 from sparse_ds.drop_grow.event import EventRecord
 from sparse_ds.drop_grow.weight_states import WeightStates
+from sparse_ds.evaluation.questions import read_tasks
+from sparse_ds.evaluation.scoring import TaskScorer, longest_input
 from sparse_ds.export.merged import merge_adapter
 from sparse_ds.model.base_checkpoint import BaseCheckpoint
 from sparse_ds.model.build import read_architecture
@@ -79,6 +81,7 @@ from sparse_ds.training.setup import (
 )
 from sparse_ds.training.skipped_steps import SkippedSteps, samples_of_step
 from sparse_ds.training.stop_signals import StopSignals, StopTogether
+from sparse_ds.training.task_scoring import ScoreTasks
 from sparse_ds.training.trainer import SparseTrainer, classification_loss
 from sparse_ds.training.trainer_progress import TrainerProgress, check_trainer_state
 
@@ -164,6 +167,8 @@ class _Training:
         self.answers = _Answers()
         self.heldout_before: float | None = None
         self.accuracy_before: float | None = None
+        self.tasks: ScoreTasks | None = None
+        self.tasks_before: dict[str, float] | None = None
         self.resumed: Checkpoint | None = None
         self.weight_states: WeightStates | None = None
         self.estimation: EstimationPhase | None = None
@@ -173,7 +178,7 @@ class _Training:
         with process_group.agreement("reading the data"):
             plan = config.batch_plan(self.launch.world_size)
             checkpoint = BaseCheckpoint(self.base_folder)
-            read_architecture(checkpoint)
+            architecture = read_architecture(checkpoint)
             fingerprint = checkpoint.fingerprint()
             self.tokenizer = load_tokenizer(self.base_folder)
             self.data: DataBundle = build_datasets(
@@ -185,6 +190,8 @@ class _Training:
             )
             sampler = self.sampler = GlobalOrderSampler(len(self.data.train), plan.global_batch_size, config.train.seed)
             classification = self._plan_classification()
+            tasks = read_tasks(config.data.tasks, "data.tasks")
+            self.scorers = [TaskScorer(task, self.tokenizer, longest_input(architecture)) for task in tasks]
         require_same_base(self.base_folder, fingerprint)
         self.prepared: PreparedModel = prepare_model(
             config,
@@ -196,7 +203,8 @@ class _Training:
         data = dataset_fingerprint(self.data.train)
         self.identity = run_identity(config, checkpoint, self.prepared, data, plan.global_batch_size)
         heldout = None if self.data.eval is None else dataset_fingerprint(self.data.eval)
-        check_same_run({**self.identity, "held-out data": heldout})
+        digests = {f"task {task.name}": task.digest() for task in tasks}
+        check_same_run({**self.identity, "held-out data": heldout, **digests})
         self.steps_per_epoch = len(sampler) // plan.global_batch_size
         self.resumed = self._find_resumed()
         with process_group.agreement("making the output folder"):
@@ -262,6 +270,10 @@ class _Training:
         arguments = make_training_arguments(
             config, self.launch.world_size, max(full_size(p) for p in trained), self.output.path, self.device
         )
+        if self.scorers:
+            self.tasks = ScoreTasks(
+                self.scorers, lambda: self.trainer, self.log, arguments.per_device_eval_batch_size, self.device
+            )
         trainer = SparseTrainer(
             make_optimizer=lambda parameters: make_optimizer(config, parameters),
             sampler=sampler,
@@ -278,6 +290,8 @@ class _Training:
                 NotePosition(self.watchdog),
                 BaseGuard(self.prepared.frozen_parameters),
                 OnTrainBegin(self._bind),
+                # Before WriteMetrics, which counts no time of evaluation as training.
+                *([] if self.tasks is None else [self.tasks]),
             ],
             compute_loss_func=None if self.prepared.classification is None else classification_loss,
         )
@@ -326,6 +340,7 @@ class _Training:
         if self.data.eval is not None:
             before = self.trainer.evaluate()
             self.heldout_before, self.accuracy_before = before["eval_loss"], before.get("eval_accuracy")
+        self.tasks_before = self._task_accuracies()
         if prompt is not None:
             self.answers = _Answers(prompt, before=self._answer(prompt))
 
@@ -385,6 +400,7 @@ class _Training:
             try:
                 self.heldout_before, self.accuracy_before = report["heldout_before"], report["accuracy_before"]
                 self.index_hash = report["index_hash"]
+                self.tasks_before = report.get("tasks_before")
                 self.answers = _Answers(prompt, before=report["answer_before"])
             except KeyError as error:
                 raise UserError(f"checkpoint {checkpoint.folder}: `run_state.report` has no {error}.") from error
@@ -408,6 +424,7 @@ class _Training:
             "accuracy_before": self.accuracy_before,
             "answer_before": self.answers.before,
             "index_hash": self.index_hash,
+            "tasks_before": self.tasks_before,
         }
 
     def _log_event(self, record: EventRecord) -> None:
@@ -434,6 +451,15 @@ class _Training:
             },
         )
 
+    def _task_accuracies(self) -> dict[str, float] | None:
+        """Task -> accuracy of the model as it is now; None without tasks."""
+        if self.tasks is None:
+            return None
+        step = self.trainer.state.global_step
+        if self.tasks.accuracies_at(step) is None:
+            self.tasks.score(step)
+        return self.tasks.accuracies_at(step)
+
     def _answer(self, prompt: SamplePrompt) -> str:
         answer = sample_answer(
             self.trainer.model, self.tokenizer, prompt.input_ids, self.config.monitor.sample_max_tokens, self.device
@@ -448,6 +474,7 @@ class _Training:
             if self.metrics.heldout_at(step) is None:
                 self.trainer.evaluate()
             heldout_after, accuracy_after = self.metrics.heldout_at(step) or (None, None)
+        tasks_after = self._task_accuracies()
         for line in self.checkpoints.describe():
             logger.info("%s", line)
         if self.answers.prompt is not None:
@@ -474,6 +501,7 @@ class _Training:
             heldout_accuracy_before=self.accuracy_before,
             heldout_accuracy_after=accuracy_after,
             num_skipped_steps=self.skipped.num_skipped,
+            tasks=None if self.tasks is None else self.tasks.summary(self.tasks_before, tasks_after or {}),
         )
 
     def _save(self) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import Trainer
 
 from sparse_ds.distributed.zero3_partitions import all_reduce_sum
+from sparse_ds.monitor.summary import perplexity
 from sparse_ds.training.evaluation import HeldoutResult, heldout_loss
 from sparse_ds.training.global_order import GlobalOrderSampler
 from sparse_ds.training.skipped_steps import with_gradient_of_its_kind
@@ -139,13 +140,15 @@ class SparseTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Held-out loss, and accuracy of a classification; the log entries are `<prefix>_loss`, `<prefix>_accuracy`.
+        """Held-out loss and perplexity, or accuracy of a classification; the log entries are `<prefix>_loss`,
+        `<prefix>_perplexity`, `<prefix>_accuracy`.
 
         Collectives: those of `heldout_loss`; every rank must call it.
         """
         result = self.heldout_result()
         metrics = {f"{metric_key_prefix}_loss": result.loss}
         if result.accuracy is None:
+            metrics[f"{metric_key_prefix}_perplexity"] = perplexity(result.loss)
             metrics[f"{metric_key_prefix}_num_tokens"] = result.num_counted
         else:
             metrics[f"{metric_key_prefix}_accuracy"] = result.accuracy

@@ -1,0 +1,53 @@
+"""Scores of tasks as plain text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from sparse_ds.evaluation.grading import TaskScore
+
+
+class TableRow(NamedTuple):
+    """One metric of one task."""
+
+    task: str
+    metric: str
+    value: float
+    stderr: float | None
+    num_samples: int | None
+    note: str
+
+
+def rows_of_score(score: TaskScore) -> list[TableRow]:
+    """A row per metric; standard errors are beside what they belong to."""
+    rows = []
+    for name, value in score.metrics.items():
+        if name.endswith("_stderr"):
+            continue
+        note = f"guessing: {score.chance:.1%}" if name == "accuracy" and score.chance is not None else ""
+        rows.append(TableRow(score.task, name, value, score.metrics.get(f"{name}_stderr"), score.num_samples, note))
+    return rows
+
+
+def score_table(rows: Sequence[TableRow]) -> str:
+    """The rows below a header; values with four digits, as they are."""
+    header = ["task", "metric", "value", "+-", "samples", ""]
+    cells = [
+        [
+            row.task,
+            row.metric,
+            f"{row.value:.4f}" if abs(row.value) < 1e5 else f"{row.value:.4g}",
+            "" if row.stderr is None or row.stderr != row.stderr else f"{row.stderr:.4f}",
+            "" if row.num_samples is None else f"{row.num_samples:,}",
+            row.note,
+        ]
+        for row in rows
+    ]
+    widths = [max(len(row[i]) for row in [header, *cells]) for i in range(len(header))]
+
+    def line(row: list[str]) -> str:
+        aligned = (f"{cell:{'<' if i in (0, 1, 5) else '>'}{widths[i]}}" for i, cell in enumerate(row))
+        return "  ".join(aligned).rstrip()
+
+    return "\n".join([line(header), line(["-" * width for width in widths]), *map(line, cells)])
