@@ -37,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     _add_train_arguments(commands.add_parser("train", help="fine-tune (under any launcher, or one process)"))
     _add_quantize_arguments(commands.add_parser("quantize", help="save a base model in NF4, which then loads faster"))
+    _add_eval_arguments(commands.add_parser("eval", help="score a saved model or adapter on tasks"))
     report = commands.add_parser("report", help="compare finished runs in one table")
     report.add_argument("runs", nargs="+", type=Path, help="output folders of runs")
     arguments = parser.parse_args(argv)
@@ -44,6 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _train(arguments)
     if arguments.command == "quantize":
         return _quantize(arguments)
+    if arguments.command == "eval":
+        return _eval(arguments)
     return _report(arguments.runs)
 
 
@@ -101,6 +104,58 @@ def _quantize(arguments: argparse.Namespace) -> int:
         print(f"error: {error}", file=sys.stderr)
         return USER_ERROR_EXIT_CODE
     print(f"{written.folder}: {written.size_bytes / 2**30:.2f} GiB in {written.num_shards} file(s)")
+    return 0
+
+
+def _add_eval_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="folder of a model, an adapter or a run, or a hub name")
+    parser.add_argument(
+        "--tasks",
+        nargs="+",
+        required=True,
+        metavar="TASK",
+        help="data files, JSON objects like the entries of data.tasks, YAML files or names of lm-evaluation-harness",
+    )
+    parser.add_argument("--base", help="of an adapter, instead of the base that it names")
+    parser.add_argument("--revision", help="of a hub name: branch, tag or commit")
+    parser.add_argument(
+        "--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto", help="auto: as saved or trained"
+    )
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")
+    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="texts of one forward pass")
+    parser.add_argument("--limit", type=int, metavar="N", help="at most so many questions of each task")
+    parser.add_argument("--num-fewshot", type=int, metavar="N", help="worked samples first; harness tasks only")
+    parser.add_argument("--data-folder", type=Path, help="of the data files of YAML tasks; else beside each")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write all scores as JSON")
+
+
+def _eval(arguments: argparse.Namespace) -> int:
+    _set_up_logging(rank=0, local_rank=0)
+    try:
+        device = _choose_device(arguments.device, forced_cpu=False)
+        if device == "cpu":
+            os.environ["DS_ACCELERATOR"] = "cpu"
+        from sparse_ds.evaluation.offline import evaluate_saved
+        from sparse_ds.evaluation.score_table import save_record, score_table
+
+        scores = evaluate_saved(
+            arguments.model,
+            arguments.tasks,
+            base=arguments.base,
+            revision=arguments.revision,
+            dtype=arguments.dtype,
+            device=device,
+            batch_size=arguments.batch_size,
+            num_samples=arguments.limit,
+            num_fewshot=arguments.num_fewshot,
+            data_folder=arguments.data_folder,
+        )
+        print(score_table(scores.rows))
+        if arguments.output is not None:
+            save_record(scores.record, arguments.output)
+    except (UserError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USER_ERROR_EXIT_CODE
     return 0
 
 

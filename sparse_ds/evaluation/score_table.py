@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import math
+import os
 from collections.abc import Sequence
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
+from sparse_ds.config.errors import UserError
 from sparse_ds.evaluation.grading import TaskScore
 
 
@@ -51,3 +56,27 @@ def score_table(rows: Sequence[TableRow]) -> str:
         return "  ".join(aligned).rstrip()
 
     return "\n".join([line(header), line(["-" * width for width in widths]), *map(line, cells)])
+
+
+def save_record(record: dict[str, Any], path: Path) -> None:
+    """Write a record as JSON, whole or not at all; numbers that are not finite become null.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(_finite(record), indent=2, default=str) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"--output: {path} cannot be written ({error.strerror}). Give another path.") from None
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
