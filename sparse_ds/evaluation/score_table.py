@@ -42,8 +42,8 @@ def score_table(rows: Sequence[TableRow]) -> str:
         [
             row.task,
             row.metric,
-            f"{row.value:.4f}" if abs(row.value) < 1e5 else f"{row.value:.4g}",
-            "" if row.stderr is None or row.stderr != row.stderr else f"{row.stderr:.4f}",
+            _number(row.value),
+            "" if row.stderr is None or math.isnan(row.stderr) else _number(row.stderr),
             "" if row.num_samples is None else f"{row.num_samples:,}",
             row.note,
         ]
@@ -72,6 +72,10 @@ def save_record(record: dict[str, Any], path: Path) -> None:
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise UserError(f"--output: {path} cannot be written ({error.strerror}). Give another path.") from None
+
+
+def _number(value: float) -> str:
+    return f"{value:.4f}" if abs(value) < 1e5 else f"{value:.4g}"
 
 
 def _finite(value: Any) -> Any:
