@@ -14,11 +14,10 @@ from typing import Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from sparse_ds.checkpoint.atomic_folder import atomic_folder
+from sparse_ds.checkpoint.tensor_file import TensorFile, TensorSpec
 from sparse_ds.config.errors import UserError
 from sparse_ds.model.base_checkpoint import TOKENIZER_FILES
 
@@ -86,7 +85,7 @@ def write_checkpoint(
 ) -> WrittenCheckpoint:
     """Write weights, config.json, generation_config.json, the tokenizer and README.md; all of it or nothing.
 
-    Memory: one shard.
+    Memory: one tensor, in the dtype that `read` gives and in the stored one.
 
     Args:
         output: folder to make; it appears in one rename when it is whole.
@@ -125,9 +124,10 @@ def write_checkpoint(
             )
         try:
             for file_name, names in shards.items():
-                tensors = {name: _stored_tensor(name, read(name), layout[name].shape, dtype_of[name]) for name in names}
-                save_file(tensors, partial / file_name, metadata={"format": "pt"})
-                del tensors
+                specs = {name: TensorSpec(dtype_of[name], tuple(layout[name].shape)) for name in names}
+                with TensorFile(partial / file_name, specs) as file:
+                    for name in names:
+                        file.write(name, _stored_tensor(name, read(name), layout[name].shape, dtype_of[name]))
             if len(shards) > 1:
                 index = {
                     "metadata": {"total_parameters": num_weights, "total_size": size_bytes},
@@ -144,7 +144,7 @@ def write_checkpoint(
                 shutil.copyfile(path, partial / path.name)
             card = model_card if isinstance(model_card, str) else model_card()
             (partial / "README.md").write_text(card, encoding="utf-8")
-        except (OSError, SafetensorError) as error:
+        except OSError as error:
             raise RuntimeError(f"Could not write the model to '{output}': {error}. Nothing was left there.") from error
     return WrittenCheckpoint(output, len(shards), num_weights, size_bytes)
 

@@ -29,8 +29,9 @@ from transformers import (
     PreTrainedModel,
 )
 
+from sparse_ds.adapter.adapter import Adapter, Deltas, tensor_name
+from sparse_ds.adapter.native import load_adapter
 from sparse_ds.config.errors import UserError
-from sparse_ds.export.adapter import Adapter, Deltas, load_adapter, tensor_name
 from sparse_ds.export.checkpoint_writer import DTYPES, WrittenCheckpoint, write_checkpoint
 from sparse_ds.export.classifier import classifier_config
 from sparse_ds.export.model_card import merged_model_card
@@ -98,7 +99,7 @@ def merge_adapter(
         base_folder=checkpoint.folder,
         tokenizer_folder=checkpoint.folder if tokenizer is None else Path(tokenizer),
         model_card=lambda: merged_model_card(
-            adapter.config, num_deltas=merge.num_deltas, num_hidden_deltas=merge.num_hidden_deltas, dtype=dtype
+            adapter, num_deltas=merge.num_deltas, num_hidden_deltas=merge.num_hidden_deltas, dtype=dtype
         ),
         config_changes=_config_changes(checkpoint, adapter),
         dtype=dtype,

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import os
+from importlib.metadata import version
 from pathlib import Path
 
-from sparse_ds.export.adapter import StoredAdapterConfig
+from sparse_ds.adapter.adapter import Adapter
 
 
-def merged_model_card(config: StoredAdapterConfig, *, num_deltas: int, num_hidden_deltas: int, dtype: str) -> str:
+def merged_model_card(adapter: Adapter, *, num_deltas: int, num_hidden_deltas: int, dtype: str) -> str:
     """Markdown with the front matter of the hub.
 
     Args:
-        config: of the adapter that was merged.
+        adapter: what was merged.
         num_deltas: trained weights.
         num_hidden_deltas: non-zero deltas that rounding left without effect.
         dtype: of the stored weights.
     """
+    config = adapter.config
     base = config.base
     name, on_hub = _public_name(base.name)
     num_targets = sum(rows * cols for rows, cols in config.shapes.values())
@@ -35,14 +37,14 @@ def merged_model_card(config: StoredAdapterConfig, *, num_deltas: int, num_hidde
             "",
             f"# {name}, sparsely fine-tuned",
             "",
-            f"A dense model: `{name}`{revision} and a sparse adapter, merged by sparse_ds {config.sparse_ds_version}.",
+            f"A dense model: `{name}`{revision} and a sparse adapter, merged by sparse_ds {version('sparse-ds')}.",
             "",
             f"- method: `{config.method}`, density {config.density:g}",
             f"- trained weights: {num_deltas:,} of {num_targets:,} in {len(config.shapes)} matrices",
             f"- trained in {base.dtype}, stored in {dtype}",
             f"- merged weight: round to {base.dtype} of (fp32 base weight + fp32 delta); "
             f"{num_hidden_deltas:,} deltas are smaller than that rounding and have no effect",
-            f"- sha256 of the indices: `{config.index_hash}`",
+            f"- sha256 of the indices: `{adapter.index_hash}`",
             *(
                 []
                 if config.labels is None

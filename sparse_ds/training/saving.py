@@ -7,10 +7,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sparse_ds.adapter.adapter import AdapterBase, AdapterConfig
+from sparse_ds.adapter.native import StoredAdapterConfig, save_adapter
 from sparse_ds.config import RunConfig
 from sparse_ds.distributed import process_group
 from sparse_ds.distributed.zero3_partitions import MasterWeights, full_shape, gather_partitions, local_partition
-from sparse_ds.export.adapter import AdapterBase, AdapterConfig, StoredAdapterConfig, save_adapter
 from sparse_ds.export.checkpoint_writer import write_checkpoint
 from sparse_ds.export.classifier import classifier_config
 from sparse_ds.export.model_card import dense_model_card

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from sparse_ds.checkpoint import tensor_file
-from sparse_ds.checkpoint.tensor_file import write_tensors
+from sparse_ds.checkpoint.tensor_file import TensorFile, TensorSpec, write_tensors
 
 DTYPES = [torch.float32, torch.int32, torch.int64, torch.uint8]
 
@@ -42,11 +42,21 @@ def test_the_library_reads_it(
 
 
 def test_the_file_is_that_of_the_library(tmp_path: Path) -> None:
-    """The same bytes but for the order of equally wide tensors: here there is one of each width."""
-    tensors = {"a": torch.arange(3), "b": torch.linspace(0, 1, 5), "c": torch.arange(7, dtype=torch.uint8)}
-    write_tensors(tmp_path / "ours", tensors)
+    """Byte for byte, whatever the order in which the tensors come."""
+    shapes = {"b": (3,), "a.10": (2, 5), "a.9": (), "c": (0, 4)}
+    tensors = {
+        f"{name}.{dtype}": (torch.randn(shape) * 50).abs().to(dtype)
+        for name, shape in shapes.items()
+        for dtype in [*DTYPES, torch.bfloat16, torch.float16]
+    }
     save_file(tensors, tmp_path / "theirs", metadata={"format": "pt"})
-    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+    write_tensors(tmp_path / "ours", tensors)
+    specs = {name: TensorSpec(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    with TensorFile(tmp_path / "in_pieces", specs) as file:
+        for name in reversed(tensors):
+            file.write(name, tensors[name])
+    for name in ("ours", "in_pieces"):
+        assert (tmp_path / name).read_bytes() == (tmp_path / "theirs").read_bytes()
 
 
 def test_an_existing_file_is_not_touched(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
+from sparse_ds.checkpoint.tensor_file import TensorFile
 from sparse_ds.config.errors import UserError
 from sparse_ds.export import checkpoint_writer
 from sparse_ds.export.checkpoint_writer import plan_shards, write_checkpoint
@@ -100,21 +101,24 @@ def test_tensors_are_asked_for_in_the_planned_order(base: Path, tmp_path: Path) 
 def test_full_disk_leaves_nothing(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing_shard: int
 ) -> None:
-    save_file = checkpoint_writer.save_file
-    num_calls = 0
+    num_files = 0
 
-    def failing_save(*args: Any, **kwargs: Any) -> None:
-        nonlocal num_calls
-        num_calls += 1
-        if num_calls == failing_shard:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        save_file(*args, **kwargs)
+    class FullDisk(TensorFile):
+        def __init__(self, *args: Any) -> None:
+            nonlocal num_files
+            num_files += 1
+            super().__init__(*args)
 
-    monkeypatch.setattr(checkpoint_writer, "save_file", failing_save)
+        def write(self, name: str, tensor: torch.Tensor) -> None:
+            if num_files == failing_shard:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            super().write(name, tensor)
+
+    monkeypatch.setattr(checkpoint_writer, "TensorFile", FullDisk)
     before = sorted(os.listdir(tmp_path))
     with pytest.raises(RuntimeError, match=r"Could not write the model to '.*out': .*No space left on device"):
         write(base, tmp_path / "out", max_shard_size="10KB")
-    assert num_calls == failing_shard
+    assert num_files == failing_shard
     assert sorted(os.listdir(tmp_path)) == before
 
 
@@ -122,7 +126,7 @@ def test_too_little_room_is_found_before_writing(base: Path, tmp_path: Path, mon
     before = sorted(os.listdir(tmp_path))
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    monkeypatch.setattr(checkpoint_writer, "save_file", lambda *args, **kwargs: pytest.fail("wrote"))
+    monkeypatch.setattr(checkpoint_writer, "TensorFile", lambda *args, **kwargs: pytest.fail("wrote"))
     with pytest.raises(RuntimeError, match=r"Not enough room for '.*out': it needs 0\.00 GiB"):
         write(base, tmp_path / "out")
     assert sorted(os.listdir(tmp_path)) == before

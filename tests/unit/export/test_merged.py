@@ -15,9 +15,10 @@ from adapter_items import Deltas, MakeAdapter, MakeBase, as_items
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from sparse_ds.adapter.adapter import AdapterConfig
+from sparse_ds.adapter.native import load_adapter, save_adapter
 from sparse_ds.config.errors import UserError
 from sparse_ds.export import checkpoint_writer
-from sparse_ds.export.adapter import AdapterConfig, load_adapter, save_adapter
 from sparse_ds.export.merged import merge_adapter
 from sparse_ds.export.model_card import dense_model_card
 
@@ -230,11 +231,11 @@ def test_base_files_stay_as_they_are(make_base: MakeBase, make_adapter: MakeAdap
 def test_full_disk_leaves_nothing(
     make_base: MakeBase, make_adapter: MakeAdapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def disk_full(*args: object, **kwargs: object) -> None:
+    def disk_full(*args: object) -> None:
         raise OSError(28, "No space left on device")
 
     base, adapter = make_base(), make_adapter()
-    monkeypatch.setattr(checkpoint_writer, "save_file", disk_full)
+    monkeypatch.setattr(checkpoint_writer.TensorFile, "write", disk_full)
     before = sorted(os.listdir(tmp_path))
     with pytest.raises(RuntimeError, match="No space left on device"):
         merge_adapter(base, adapter, tmp_path / "merged")

@@ -14,9 +14,10 @@ import torch
 from adapter_items import Deltas, MakeAdapter, as_items
 from safetensors.torch import load_file, save_file
 
+from sparse_ds.adapter import native
+from sparse_ds.adapter.adapter import AdapterConfig
+from sparse_ds.adapter.native import CONFIG_FILE, WEIGHTS_FILE, load_adapter, save_adapter
 from sparse_ds.config.errors import UserError
-from sparse_ds.export import adapter as adapter_module
-from sparse_ds.export.adapter import CONFIG_FILE, WEIGHTS_FILE, AdapterConfig, load_adapter, save_adapter
 from sparse_ds.sparse.index_hash import hash_indices
 
 Q_PROJ = "model.layers.0.self_attn.q_proj"
@@ -47,8 +48,26 @@ def test_files_are_readable_without_this_project(tmp_path: Path, adapter_config:
         "quantization": "none",
         "double_quantization": False,
         "dtype": "bfloat16",
+        "weights_hash": None,
     }
     assert content["shapes"]["model.layers.1.mlp.down_proj"] == [24, 40]
+
+
+def test_indices_of_about_one_byte(tmp_path: Path, adapter_config: AdapterConfig, deltas: Deltas) -> None:
+    plain = save_adapter(tmp_path / "plain", as_items(deltas), config=adapter_config)
+    stored = save_adapter(tmp_path / "short", as_items(deltas), config=adapter_config, index_encoding="delta")
+    loaded = load_adapter(tmp_path / "short")
+    assert loaded.stored == stored and stored.index_hash == plain.index_hash
+    tensors = load_file(tmp_path / "short" / WEIGHTS_FILE)
+    assert set(tensors) == {f"{name}.{part}" for name in deltas for part in ("index_gaps", "values")}
+    for name, (indices, values) in loaded.items():
+        assert tensors[f"{name}.index_gaps"].numel() == indices.numel()  # at 10 % density no gap needs two bytes
+        assert torch.equal(indices, deltas[name][0]) and indices.dtype == torch.int32
+        assert torch.equal(values, deltas[name][1])
+    tensors[f"{Q_PROJ}.index_gaps"][-1] += 128
+    save_file(tensors, tmp_path / "short" / WEIGHTS_FILE)
+    with pytest.raises(UserError, match=r"tensor '.*q_proj\.index_gaps': the last gap is cut off"):
+        load_adapter(tmp_path / "short")
 
 
 def test_other_dtypes_are_brought_to_the_stored_ones(
@@ -86,7 +105,7 @@ def test_full_disk_leaves_nothing(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     if failing == "weights":
-        monkeypatch.setattr(adapter_module, "save_file", disk_full)
+        monkeypatch.setattr(native, "save_file", disk_full)
     else:
         monkeypatch.setattr(Path, "write_text", disk_full)
     with pytest.raises(RuntimeError, match=r"Could not write the adapter to .*No space left on device"):

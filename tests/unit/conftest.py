@@ -12,7 +12,8 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
 
-from sparse_ds.export.adapter import AdapterBase, AdapterConfig, save_adapter
+from sparse_ds.adapter.adapter import AdapterBase, AdapterConfig
+from sparse_ds.adapter.native import save_adapter
 
 MODEL_SIZES = {
     "vocab_size": 40,
