@@ -38,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_train_arguments(commands.add_parser("train", help="fine-tune (under any launcher, or one process)"))
     _add_quantize_arguments(commands.add_parser("quantize", help="save a base model in NF4, which then loads faster"))
     _add_eval_arguments(commands.add_parser("eval", help="score a saved model or adapter on tasks"))
+    _add_data_arguments(commands.add_parser("data", help="look at the data of a run"))
     report = commands.add_parser("report", help="compare finished runs in one table")
     report.add_argument("runs", nargs="+", type=Path, help="output folders of runs")
     arguments = parser.parse_args(argv)
@@ -47,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _quantize(arguments)
     if arguments.command == "eval":
         return _eval(arguments)
+    if arguments.command == "data":
+        return _preview_data(arguments)
     return _report(arguments.runs)
 
 
@@ -104,6 +107,39 @@ def _quantize(arguments: argparse.Namespace) -> int:
         print(f"error: {error}", file=sys.stderr)
         return USER_ERROR_EXIT_CODE
     print(f"{written.folder}: {written.size_bytes / 2**30:.2f} GiB in {written.num_shards} file(s)")
+    return 0
+
+
+def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    preview = parser.add_subparsers(dest="data_command", required=True).add_parser(
+        "preview", help="what training takes: samples token by token, lengths, shares, and what is wrong with them"
+    )
+    preview.add_argument("--config", required=True, help="path of a configuration, or a name in configs/")
+    preview.add_argument(
+        "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override one value; repeatable"
+    )
+    preview.add_argument("--samples", type=int, default=3, metavar="N", help="samples to show of each source")
+    preview.add_argument("--html", type=Path, metavar="FILE", help="write it as an HTML file too")
+    preview.add_argument("--colour", choices=["auto", "always", "never"], default="auto", help="of the text")
+
+
+def _preview_data(arguments: argparse.Namespace) -> int:
+    _set_up_logging(rank=0, local_rank=0)
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    try:
+        config = load_config(arguments.config, arguments.set)
+        from sparse_ds.data.preview_html import preview_html, save_html
+        from sparse_ds.data.preview_text import preview_text
+        from sparse_ds.training.data_preview import preview_data
+
+        preview = preview_data(config, arguments.samples)
+        colour = sys.stdout.isatty() if arguments.colour == "auto" else arguments.colour == "always"
+        print(preview_text(preview.sources, preview.findings, colour=colour))
+        if arguments.html is not None:
+            save_html(preview_html(f"Data of {arguments.config}", preview.sources, preview.findings), arguments.html)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USER_ERROR_EXIT_CODE
     return 0
 
 

@@ -18,8 +18,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+import jinja2
+
 from sparse_ds.config.errors import UserError
-from sparse_ds.data.templates import check_chat_template, render_conversation
+from sparse_ds.data.templates import check_chat_template
 from sparse_ds.data.tokenization import SampleEncoder
 from sparse_ds.evaluation.questions import Question, QuestionSet
 
@@ -111,7 +113,12 @@ class PromptEncoder:
             return question.prompt, "" if question.prompt[-1].isspace() else " "
         check_chat_template(self._tokenizer, f"task {task.name}")
         messages = [{"role": "user", "content": question.prompt}]
-        return render_conversation(self._tokenizer, messages, question.location, add_generation_prompt=True), ""
+        try:
+            return str(
+                self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            ), ""
+        except (jinja2.TemplateError, TypeError, ValueError, LookupError) as error:
+            raise UserError(f"{question.location}: the chat template refuses the question: {error}") from None
 
     def _ids(self, texts: list[str], is_rendered: bool) -> list[list[int]]:
         if is_rendered:
