@@ -94,7 +94,8 @@ def _explain_wrong(location: Sequence[str], schema: Mapping[str, Any], data: Map
 
 def _explain_entry(item: Mapping[str, Any], data: Mapping[str, Any]) -> str:
     """A mistake inside one entry of a list of sections: `data.tasks[0].kind`."""
-    field, value = "", _MISSING if item["type"] == "missing" else data
+    field = ""
+    value: Any = _MISSING if item["type"] == "missing" else data
     for part in item["loc"]:
         field += f"[{part}]" if isinstance(part, int) else f".{part}" if field else str(part)
         value = value if value is _MISSING else value[part]

@@ -1,4 +1,4 @@
-"""What a run will learn from, in numbers and in a few samples token by token: the facts behind `sparse-ds data preview`.
+"""What a run will learn from, in numbers and in a few samples token by token: the facts of `sparse-ds data preview`.
 
 Everything is counted on the tokenized samples that training takes, after templates, cutting and masking; nothing is
 guessed from the files. `token_doctor` judges the facts, `preview_text` and `preview_html` show them.
@@ -60,7 +60,7 @@ class SourceFacts:
     """One source, counted. A number of samples where nothing else is said.
 
     Attributes:
-        field: `data.train` or `data.eval`.
+        name: `data.train` or `data.eval`.
         source: as the run names it.
         format_name: its format.
         labels: of a classification, else None; `label_counts` are samples by the position of their label.
@@ -80,7 +80,7 @@ class SourceFacts:
         largest_id: of any token.
     """
 
-    field: str
+    name: str
     source: str
     format_name: str
     labels: tuple[str, ...] | None
@@ -118,21 +118,21 @@ class SourceFacts:
 
 
 def look_at(
-    data: Any, tokenizer: PreTrainedTokenizerBase, field_name: str, sequence_length: int, num_shown: int
+    data: Any, tokenizer: PreTrainedTokenizerBase, name: str, sequence_length: int, num_shown: int
 ) -> SourceFacts:
     """Count one source and pick samples to show.
 
     Args:
         data: `TokenizedData` of the source; its dataset may be a stream.
         tokenizer: the model's.
-        field_name: `data.train` or `data.eval`.
+        name: `data.train` or `data.eval`.
         sequence_length: tokens of the longest sample.
         num_shown: how many samples to show, spread evenly over the source.
     """
     dataset, labels = data.dataset, getattr(data, "labels", None)
     is_stream = not isinstance(dataset, Dataset)
     facts = SourceFacts(
-        field_name,
+        name,
         str(data.source),
         data.format_name,
         labels,
@@ -154,9 +154,7 @@ def look_at(
     return facts
 
 
-def view_tokens(
-    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], trained: Sequence[bool]
-) -> list[TokenView]:
+def view_tokens(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], trained: Sequence[bool]) -> list[TokenView]:
     """Every token with the text that it adds.
 
     A token may be a part of a character (bytes), and a blank in front of a word shows only after another word, so each

@@ -34,7 +34,8 @@ li { display: grid; grid-template-columns: 5.5rem 1fr; } .warning { background: 
   padding: .75rem; font: 14px/1.7 ui-monospace, monospace; color: var(--masked-ink); }
 .t { background: var(--trained); color: var(--trained-ink); border-bottom: 2px solid var(--trained-line); }
 .s { background: var(--special); border-radius: 3px; outline: 1px solid var(--line); } .sample .t.s { color: inherit; }
-.sample span { box-shadow: inset 1px 0 var(--line); } .sample span:hover { outline: 2px solid var(--bar); } .end { color: var(--soft); opacity: .6; }
+.sample span { box-shadow: inset 1px 0 var(--line); } .sample span:hover { outline: 2px solid var(--bar); }
+.end { color: var(--soft); opacity: .6; }
 .legend span { padding: 0 .3rem; font-family: ui-monospace, monospace; }
 """
 _LEVELS = {"warning": "Warning", "note": "Note", "fine": "Fine"}
@@ -88,7 +89,7 @@ def _source(facts: SourceFacts) -> str:
     rows = "".join(f"<tr><th>{escape(name)}</th><td>{escape(text)}</td></tr>" for name, text in summary_rows(facts))
     samples = "\n".join(_sample(sample) for sample in facts.samples)
     return (
-        f"<h2>{escape(facts.field)}: {escape(facts.source)}</h2>\n<table>{rows}</table>\n"
+        f"<h2>{escape(facts.name)}: {escape(facts.source)}</h2>\n<table>{rows}</table>\n"
         f"<h3>Tokens a sample</h3>\n{_histogram(facts)}\n<h3>Samples</h3>\n{_legend(facts)}\n{samples}"
     )
 

@@ -25,12 +25,12 @@ def preview_text(sources: Sequence[SourceFacts], findings: Sequence[Finding], *,
     """The whole preview, at most 100 columns wide but for the samples' own lines."""
     parts = []
     for facts in sources:
-        parts += [_heading(f"{facts.field}: {facts.source}"), *_numbers(facts), "", *_histogram(facts), ""]
+        parts += [_heading(f"{facts.name}: {facts.source}"), *_numbers(facts), "", *_histogram(facts), ""]
     parts += [_heading("doctor"), *(line for finding in findings for line in _finding(finding)), ""]
     for facts in sources:
         for sample in facts.samples:
             label = "" if sample.label is None else f", label {sample.label}"
-            parts += [_heading(f"{facts.field}, sample {sample.number} ({len(sample.tokens)} tokens{label})")]
+            parts += [_heading(f"{facts.name}, sample {sample.number} ({len(sample.tokens)} tokens{label})")]
             parts += [_sample(sample, colour), ""]
     return "\n".join([*parts, _legend(sources, colour)])
 

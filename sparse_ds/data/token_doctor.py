@@ -59,7 +59,7 @@ def examine(
     found = []
     for facts in (train, heldout):
         if facts is not None:
-            found += [Finding(one.level, f"{facts.field}: {one.text}") for one in _of_source(facts, tokenizer, run)]
+            found += [Finding(one.level, f"{facts.name}: {one.text}") for one in _of_source(facts, tokenizer, run)]
     found += [*_padding(train, tokenizer, run), *_size(train, run), *_model(train, run)]
     if heldout is not None:
         found += _leaks(train, heldout)
@@ -136,10 +136,13 @@ def _end(facts: SourceFacts, tokenizer: PreTrainedTokenizerBase) -> Iterator[Fin
     eos, num_whole = tokenizer.eos_token, facts.num_samples - facts.num_cut
     open_ends = num_whole - facts.num_end_trained - facts.num_end_masked
     if num_whole and facts.num_end_trained == num_whole:
-        yield Finding("fine", f"every sample that is not cut ends with a special token that is trained (EOS is {eos!r}).")
+        yield Finding(
+            "fine", f"every sample that is not cut ends with a special token that is trained (EOS is {eos!r})."
+        )
     elif facts.num_end_trained == 0 and facts.num_end_masked == 0 and facts.format_name == "text":
         yield Finding(
-            "note", "running text is cut into blocks without an end: the model goes on writing and learns nowhere to stop."
+            "note",
+            "running text is cut into blocks without an end: the model goes on writing and learns nowhere to stop.",
         )
     else:
         if facts.num_end_masked:
@@ -185,7 +188,8 @@ def _labels(facts: SourceFacts) -> Iterator[Finding]:
     share = count / facts.num_samples
     level: Level = "warning" if share > ONE_SIDED_LABELS else "fine"
     yield Finding(
-        level, f"the most frequent label is {facts.labels[number]!r} with {share:.1%}: who always says it is right so often."
+        level,
+        f"the most frequent label is {facts.labels[number]!r} with {share:.1%}: who always says it is right so often.",
     )
 
 
@@ -198,7 +202,7 @@ def _padding(train: SourceFacts, tokenizer: PreTrainedTokenizerBase, run: RunFac
     elif train.num_pad_inside:
         yield Finding(
             "warning",
-            f"{train.field}: {_of(train.num_pad_inside, train)} hold the pad token {pad!r} as if it were text. Masks go "
+            f"{train.name}: {_of(train.num_pad_inside, train)} hold the pad token {pad!r} as if it were text. Masks go "
             "by length, so it is read there; but take it out of the data.",
         )
     else:
@@ -208,7 +212,7 @@ def _padding(train: SourceFacts, tokenizer: PreTrainedTokenizerBase, run: RunFac
         if share > MUCH_PADDING:
             yield Finding(
                 "note",
-                f"{train.field}: micro batches of {run.micro_batch_size} random samples are {share:.0%} padding, "
+                f"{train.name}: micro batches of {run.micro_batch_size} random samples are {share:.0%} padding, "
                 "because lengths differ so much.",
             )
 
@@ -217,7 +221,7 @@ def _size(train: SourceFacts, run: RunFacts) -> Iterator[Finding]:
     if not train.is_part and train.num_samples < run.global_batch_size:
         yield Finding(
             "warning",
-            f"{train.field}: {train.num_samples:,} samples are fewer than one step takes ({run.global_batch_size:,}).",
+            f"{train.name}: {train.num_samples:,} samples are fewer than one step takes ({run.global_batch_size:,}).",
         )
 
 
@@ -225,13 +229,13 @@ def _model(train: SourceFacts, run: RunFacts) -> Iterator[Finding]:
     if run.max_positions is not None and int(train.lengths.max()) > run.max_positions:
         yield Finding(
             "warning",
-            f"{train.field}: the longest sample has {int(train.lengths.max()):,} tokens, the model knows "
+            f"{train.name}: the longest sample has {int(train.lengths.max()):,} tokens, the model knows "
             f"{run.max_positions:,} positions. Lower data.sequence_length.",
         )
     if run.vocabulary_size is not None and train.largest_id >= run.vocabulary_size:
         yield Finding(
             "warning",
-            f"{train.field}: the tokenizer gives the id {train.largest_id}, the model's vocabulary ends at "
+            f"{train.name}: the tokenizer gives the id {train.largest_id}, the model's vocabulary ends at "
             f"{run.vocabulary_size - 1}: tokenizer and model do not belong together.",
         )
 

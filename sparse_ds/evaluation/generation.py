@@ -88,9 +88,7 @@ def _eos_token_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return list(dict.fromkeys(token for token in found if token is not None))
 
 
-def _text(
-    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], eos_ids: Sequence[int], stop: Sequence[str]
-) -> str:
+def _text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], eos_ids: Sequence[int], stop: Sequence[str]) -> str:
     end = next((position for position, token in enumerate(ids) if token in eos_ids), len(ids))
     text = str(tokenizer.decode(list(ids[:end]), skip_special_tokens=True))
     return text[: min((text.find(each) for each in stop if each in text), default=len(text))]

@@ -12,6 +12,7 @@ import logging
 import os
 from collections.abc import Sequence
 from contextlib import chdir
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,15 +43,14 @@ class HarnessTasks:
     """
 
     def __init__(self, names: Sequence[str], data_folder: Path | None) -> None:
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)
         try:
-            from lm_eval.tasks import TaskManager
+            manager = import_module("lm_eval.tasks").TaskManager()
         except ImportError as error:
             raise UserError(
                 f"task {names[0]}: no data file, so it is a task of lm-evaluation-harness, which is not installed "
                 f"here ({error}). Install it: {INSTALL}; or give a file ({names[0]}.jsonl)."
             ) from None
-        logging.getLogger("lm_eval").setLevel(logging.ERROR)
-        manager = TaskManager()
         self._tasks: list[Any] = []
         for name in names:
             loaded = _load(manager, name, data_folder)
@@ -77,14 +77,13 @@ class HarnessTasks:
             num_samples: at most so many of each task; None: all.
             num_fewshot: worked samples in front of each question; None: as the task says.
         """
-        from lm_eval import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
-
         # By default the harness forks a process per core to resample, from a process that runs torch's threads.
         os.environ.setdefault("DISABLE_MULTIPROC", "1")
         generator_state = torch.get_rng_state()
-        adapted = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length)
-        found = simple_evaluate(
+        adapted = import_module("lm_eval.models.huggingface").HFLM(
+            pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length
+        )
+        found = import_module("lm_eval").simple_evaluate(
             model=adapted,
             tasks=self._tasks,
             num_fewshot=num_fewshot,
@@ -122,7 +121,7 @@ def _load(manager: Any, name: str, data_folder: Path | None) -> Any:
         advice = (
             f"Its data files are looked for in {folder}; --data-folder names another."
             if is_file
-            else "Its data comes from the model hub: check the network, or give a YAML file with data files of your own."
+            else "Its data comes from the model hub: check the network, or give a YAML file with data of your own."
         )
         raise UserError(f"task {name} cannot be loaded ({type(error).__name__}: {reason}). {advice}") from error
 

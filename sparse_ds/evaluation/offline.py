@@ -79,7 +79,9 @@ def evaluate_saved(
             if value is not None:
                 raise UserError(f"{option}: only tasks of lm-evaluation-harness use it, and none is given. Remove it.")
     if num_samples is not None:
-        own = [task.model_copy(update={"num_samples": min(num_samples, task.num_samples or num_samples)}) for task in own]
+        own = [
+            task.model_copy(update={"num_samples": min(num_samples, task.num_samples or num_samples)}) for task in own
+        ]
     question_sets = read_tasks(own, "--tasks")
     harness = HarnessTasks(of_harness, data_folder) if of_harness else None
     transformers.utils.logging.set_verbosity_error()

@@ -114,9 +114,7 @@ class PromptEncoder:
         check_chat_template(self._tokenizer, f"task {task.name}")
         messages = [{"role": "user", "content": question.prompt}]
         try:
-            return str(
-                self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-            ), ""
+            return str(self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)), ""
         except (jinja2.TemplateError, TypeError, ValueError, LookupError) as error:
             raise UserError(f"{question.location}: the chat template refuses the question: {error}") from None
 

@@ -2,9 +2,11 @@
 
 | kind | a row has | detected by |
 |---|---|---|
-| `multiple_choice` | `query` (or `question`, `prompt`, `context`), `choices`, `gold` (or `answer`, `label`) | `choices` |
-| `continuation` | `context`, `continuation` | `continuation` |
-| `exact_match` | `question` (or `query`, `prompt`, `input`, `context`), `answer` (or `target`, ...) | the rest |
+| `multiple_choice` | a question, `choices`, `gold` (or `answer`, `label`) | `choices` |
+| `continuation` | a question, `continuation` | `continuation` |
+| `exact_match` | a question, `answer` (or `target`, `reference`, `completion`, `output`) | the rest |
+
+The question is the first of `query`, `question`, `prompt`, `input` and `context` that is there.
 
 `gold` counts from 0, or is a letter from A. `prompt` and `reference` of the task replace the field by a text with
 fields in braces (Python's format syntax: `{question}`, `{choices[0]}`; a brace itself is doubled).
@@ -74,9 +76,7 @@ def read_tasks(tasks: list[TaskConfig], field: str) -> list[QuestionSet]:
     Raises:
         UserError: as `read_task`; two tasks of one name.
     """
-    read = [
-        read_task(task, f"{field}[{number}]" if len(tasks) > 1 else field) for number, task in enumerate(tasks)
-    ]
+    read = [read_task(task, f"{field}[{number}]" if len(tasks) > 1 else field) for number, task in enumerate(tasks)]
     names = [task.name for task in read]
     for name in names:
         if names.count(name) > 1:

@@ -24,8 +24,8 @@ from typing import Any
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from sparse_ds.config.errors import UserError
 from sparse_ds.adapter.native import CONFIG_FILE, FORMAT_NAME, load_adapter
+from sparse_ds.config.errors import UserError
 from sparse_ds.export.merged import merge_adapter
 from sparse_ds.model.find_base_model import find_base_model
 from sparse_ds.model.tokenizer import load_tokenizer

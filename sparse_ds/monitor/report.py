@@ -185,7 +185,9 @@ def _task_rows(summary: RunSummary) -> list[tuple[str, str | None]]:
     """One row a task: accuracy before and after, and what guessing would give."""
     rows: list[tuple[str, str | None]] = []
     for task in summary.tasks or []:
-        before, after = ("-" if task[key] is None else f"{task[key]:.1%}" for key in ("accuracy_before", "accuracy_after"))
+        before, after = (
+            "-" if task[key] is None else f"{task[key]:.1%}" for key in ("accuracy_before", "accuracy_after")
+        )
         guessing = "" if task["chance"] is None else f"; guessing {task['chance']:.1%}"
         text = f"{before} right before, {after} after ({task['num_samples']:,} questions{guessing})"
         rows.append((f"task {task['task']}"[:_MAX_NAME], text))

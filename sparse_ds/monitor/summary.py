@@ -45,7 +45,8 @@ class RunSummary:
     num_skipped_steps: int = 0
     """Of `num_steps`: those whose loss or gradient was not finite."""
     tasks: list[dict[str, Any]] | None = None
-    """`data.tasks`: name (`task`), `num_samples`, `accuracy_before`, `accuracy_after`, and `chance`, that of guessing."""
+    """A record per entry of `data.tasks`: `task` (its name), `num_samples`, `accuracy_before`, `accuracy_after`, and
+    `chance`, the accuracy of guessing."""
 
     @property
     def trained_fraction(self) -> float:
