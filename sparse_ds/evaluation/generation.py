@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import StoppingCriteriaList
 
 from sparse_ds.distributed.process_group import gather, rank, world_size
 
@@ -70,7 +71,7 @@ def generate_answers(
             synced_gpus=world_size() > 1,
             eos_token_id=eos_ids,
             pad_token_id=pad_token_id,
-            **({"stop_strings": list(stop), "tokenizer": tokenizer} if stop else {}),
+            stopping_criteria=StoppingCriteriaList([_stops_at(tokenizer, stop, longest)] if stop else []),
         )
         if index < len(batches):
             for row, number in enumerate(batch):
@@ -78,6 +79,19 @@ def generate_answers(
     model.train(was_training)
     merged = {number: answer for part in gather(answers) for number, answer in part.items()}
     return [merged[number] for number in range(len(prompts))]
+
+
+def _stops_at(
+    tokenizer: PreTrainedTokenizerBase, stop: Sequence[str], prompt_length: int
+) -> Callable[..., torch.Tensor]:
+    """Which rows hold a text of `stop` behind the prompt. (transformers' own `stop_strings` match token by token, and
+    fail on tokenizers whose tokens are whole words.)"""
+
+    def holds_stop(input_ids_BT: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        texts = tokenizer.batch_decode(input_ids_BT[:, prompt_length:], skip_special_tokens=True)
+        return torch.tensor([any(each in text for each in stop) for text in texts], device=input_ids_BT.device)
+
+    return holds_stop
 
 
 def _eos_token_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
