@@ -19,7 +19,7 @@ MANY_TRUNCATED = 0.05
 MANY_DUPLICATES = 0.01
 FEW_TRAINED_TOKENS = 0.02
 MANY_UNKNOWN = 0.001
-MUCH_PADDING = 0.4
+MUCH_PADDING = 0.3
 ONE_SIDED_LABELS = 0.9
 """Shares above (or below) which a fact is worth a warning. They are judgement, not measurement."""
 
@@ -41,7 +41,7 @@ class RunFacts:
         vocabulary_size: rows of the model's embedding; None: not known.
         global_batch_size: samples of one step, as far as it does not depend on the number of ranks.
         micro_batch_size: samples of one forward pass.
-        is_packed: rows hold several samples, and nearly no padding.
+        packing: `data.packing`, which leaves nearly no padding; None: the task has no such choice.
     """
 
     sequence_length: int
@@ -49,7 +49,7 @@ class RunFacts:
     vocabulary_size: int | None
     global_batch_size: int
     micro_batch_size: int
-    is_packed: bool = False
+    packing: bool | None = None
 
 
 def examine(
@@ -207,13 +207,13 @@ def _padding(train: SourceFacts, tokenizer: PreTrainedTokenizerBase, run: RunFac
         )
     else:
         yield Finding("fine", f"padding has a token of its own, {pad!r}, which no sample holds.")
-    if run.micro_batch_size > 1 and not run.is_packed and train.num_samples >= run.micro_batch_size:
+    if run.micro_batch_size > 1 and not run.packing and train.num_samples >= run.micro_batch_size:
         share = padding_fraction(train.lengths, run.micro_batch_size)
         if share > MUCH_PADDING:
             yield Finding(
                 "note",
                 f"{train.name}: micro batches of {run.micro_batch_size} random samples are {share:.0%} padding, "
-                "because lengths differ so much.",
+                "because lengths differ so much." + ("" if run.packing is None else " data.packing true avoids it."),
             )
 
 

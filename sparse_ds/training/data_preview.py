@@ -52,7 +52,7 @@ def preview_data(config: RunConfig, num_samples: int) -> DataPreview:
         vocabulary_size=getattr(architecture, "vocab_size", None),
         global_batch_size=config.batch_plan(1).global_batch_size,
         micro_batch_size=config.train.micro_batch_size,
-        is_packed=bool(getattr(config.data, "packing", False)),
+        packing=getattr(config.data, "packing", None) if config.model.task == "causal_lm" else None,
     )
     sources = [facts for facts in (train, heldout) if facts is not None]
     return DataPreview(sources, examine(train, heldout, tokenizer, run))
