@@ -45,7 +45,9 @@ class HarnessTasks:
     def __init__(self, names: Sequence[str], data_folder: Path | None) -> None:
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
         try:
-            manager = import_module("lm_eval.tasks").TaskManager()
+            # The index of all its tasks takes seconds, and files need none.
+            needs_index = not all(name.endswith(YAML_SUFFIXES) for name in names)
+            manager = import_module("lm_eval.tasks").TaskManager(include_defaults=needs_index)
         except ImportError as error:
             raise UserError(
                 f"task {names[0]}: no data file, so it is a task of lm-evaluation-harness, which is not installed "

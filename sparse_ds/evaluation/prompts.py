@@ -8,6 +8,9 @@ are those that follow the question's.
     ids     = BOS? + ids(text)                 BOS? as in training: what the tokenizer puts in front by itself
     context = as many of them as BOS? + ids(question without blanks at its end)
 
+(Departure: the harness puts its blank also behind a question that ends with one, or with a line end; give its task
+`target_delimiter: ""` for the same.)
+
 With `chat` the question is what the user says in the tokenizer's chat template, rendered up to where the assistant
 begins; then nothing is put between it and the choice, and no BOS that the template does not write.
 

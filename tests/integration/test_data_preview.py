@@ -33,7 +33,9 @@ HOSTILE = '</div><script>console.error("script")</script><img src="http://127.0.
 
 
 @pytest.fixture(autouse=True)
-def restored_logging() -> Iterator[None]:
+def restored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What a command does to logging and to the environment ends with the test."""
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     ours = logging.getLogger("sparse_ds")
     before = ours.handlers, ours.propagate, ours.level
     yield
