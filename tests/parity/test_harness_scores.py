@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from sparse_ds.config.errors import UserError
+from sparse_ds.evaluation.harness import HarnessTasks
 from sparse_ds.evaluation.offline import evaluate_saved
 
 pytest.importorskip("lm_eval", reason="lm_eval is not installed")
@@ -33,7 +34,7 @@ dataset_kwargs: {data_files: {test: words.jsonl}}
 output_type: loglikelihood
 test_split: test
 doc_to_text: "{{context}}"
-doc_to_target: "{{continuation}}"
+doc_to_target: "{{' ' + continuation}}"
 metric_list: [{metric: perplexity, aggregation: perplexity}, {metric: acc}]
 """
 OPEN_YAML = """
@@ -117,7 +118,7 @@ def test_the_tasks_in_configs() -> None:
     own = json.dumps({"source": str(folder / "piqa.jsonl"), "prompt": "{query}Answer:"})
     scores = evaluate_saved(
         str(Path(os.environ["SPARSE_DS_ASSETS"]) / "models" / "stories260K-hf"),
-        [own, *(str(TASKS / f"{name}.yaml") for name in names)],
+        [own, str(folder / "lambada_openai.jsonl"), *(str(TASKS / f"{name}.yaml") for name in names)],
         num_samples=20,
         data_folder=folder,
     )
@@ -125,3 +126,8 @@ def test_the_tasks_in_configs() -> None:
     assert set(results) == {f"{name}_local" for name in names}
     assert scores.record["tasks"][0]["accuracy"] == results["piqa_local"]["acc,none"]
     assert scores.record["tasks"][0]["accuracy_norm"] == results["piqa_local"]["acc_norm,none"]
+    words = scores.record["tasks"][1]
+    assert words["accuracy"] == results["lambada_openai_local"]["acc,none"]
+    assert words["perplexity_per_row"] == pytest.approx(results["lambada_openai_local"]["perplexity,none"], rel=1e-4)
+    # Its answers take long; that it loads, with its few-shot samples, is enough.
+    HarnessTasks([str(TASKS / "gsm8k.yaml")], folder)
