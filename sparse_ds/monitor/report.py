@@ -26,7 +26,7 @@ def run_table(summary: RunSummary) -> str:
     skipped = f" ({summary.num_skipped_steps:,} skipped)" if summary.num_skipped_steps else ""
     rows: list[tuple[str, str | None]] = [
         ("held-out loss", _loss_change(summary)),
-        ("held-out perplexity", _perplexity_change(summary)),
+        ("perplexity", _perplexity_change(summary)),
         ("held-out accuracy", _accuracy_change(summary)),
         *_task_rows(summary),
         (

@@ -42,7 +42,7 @@ def test_perplexity() -> None:
     record = summary().to_record()
     assert math.isclose(record["heldout_perplexity_before"], 8.0)
     assert math.isclose(record["heldout_perplexity_after"], 2.0)
-    assert rows(run_table(summary()))["held-out perplexity"] == "8 before, 2 after"
+    assert rows(run_table(summary()))["perplexity"] == "8 before, 2 after"
     assert RunSummary.from_record(record) == summary()
     without = summary(heldout_loss_before=None, heldout_loss_after=None)
     assert without.to_record()["heldout_perplexity_after"] is None
