@@ -2,6 +2,8 @@
 
     native      a folder that this project wrote               `native.load_adapter`
     checkpoint  `checkpoint-<step>` of a run                   `of_checkpoint.CheckpointAdapter`
+    PEFT        a folder in one of PEFT's formats              `supertuning.SupertuningAdapter`, `shira.ShiraAdapter`
+    difference  two dense checkpoints                          `difference.DifferenceAdapter`
 
 All are an `Adapter`, so whatever reads one (merging into the base, other file formats, sums of adapters) reads all.
 One module is in memory at a time.
@@ -10,10 +12,10 @@ One module is in memory at a time.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 from torch import Tensor
@@ -91,6 +93,21 @@ class Adapter(ABC):
         """(module name, deltas) in the order of the sorted names, one module in memory at a time."""
         for module_name in sorted(self.config.shapes):
             yield module_name, self.read(module_name)
+
+    @property
+    def sources(self) -> tuple[Path, ...]:
+        """All folders that are read."""
+        return (self.folder,)
+
+    @property
+    def model_config(self) -> Mapping[str, Any]:
+        """Entries of config.json that a merged model has because of the adapter, beyond those of its task."""
+        return {}
+
+    @property
+    def model_card_section(self) -> str:
+        """Markdown for README.md of a merged model; empty for most."""
+        return ""
 
     @cached_property
     def index_hash(self) -> str:

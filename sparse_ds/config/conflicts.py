@@ -42,6 +42,10 @@ METHOD_KEYS = (
 )
 
 
+ADAPTER_KEYS = ("adapters", "base_weights", "verify", "index_encoding")
+"""Of `export`: what is about an adapter, which a run that trains every weight does not have."""
+
+
 def idle_keys(method_name: str) -> dict[str, tuple[str, ...]]:
     """Section -> keys that this method does not use; nothing for a name that is no method."""
     facts = all_methods().get(method_name)
@@ -50,7 +54,11 @@ def idle_keys(method_name: str) -> dict[str, tuple[str, ...]]:
     optimizer = tuple(key for key, users in OPTIMIZER_KEYS.items() if facts.optimizer not in users)
     if facts.trains_all:
         optimizer = (*optimizer, "moments", "age_warmup_steps")
-    return {"method": tuple(key for key in METHOD_KEYS if key not in facts.used_keys), "optimizer": optimizer}
+    return {
+        "method": tuple(key for key in METHOD_KEYS if key not in facts.used_keys),
+        "optimizer": optimizer,
+        "export": ADAPTER_KEYS if facts.trains_all else (),
+    }
 
 
 def find_conflicts(sections: Mapping[str, Any]) -> list[str]:
@@ -88,6 +96,13 @@ def find_warnings(sections: Mapping[str, Any]) -> list[str]:
             f"No drop-and-grow event will happen: the first is at step {method.estimation_steps} "
             f"(method.estimation_steps) and train.max_steps is {train.max_steps}."
         )
+    export = sections["export"]
+    if export.base_weights == "original" and model.quantization == "none":
+        found.append("export.base_weights original has no effect: model.quantization is none.")
+    if not export.merged:
+        for key, default in (("base_weights", "dequantized"), ("verify", False)):
+            if getattr(export, key) != default:
+                found.append(f"export.{key} has no effect: export.merged is false.")
     if data.eval is None:
         if train.eval_interval_steps is not None:
             found.append("train.eval_interval_steps has no effect: data.eval is null.")
@@ -100,6 +115,14 @@ def find_warnings(sections: Mapping[str, Any]) -> list[str]:
 
 def _method_conflicts(method: MethodConfig, sections: Mapping[str, Any]) -> Iterator[str]:
     facts = all_methods()[method.name]
+    export = sections.get("export")
+    if export is not None and export.adapters:
+        for key in ("train_biases", "train_norms"):
+            if getattr(method, key):
+                yield (
+                    f"export.adapters: got {export.adapters}, but PEFT's formats hold no deltas of biases or norms "
+                    f"(method.{key}). Leave one of the two out; the merged model has them."
+                )
     if facts.events == "repeated" and method.interval_steps <= method.estimation_steps:
         yield (
             f"method.interval_steps: got {method.interval_steps}, expected more than method.estimation_steps "

@@ -251,6 +251,9 @@ class CheckpointConfig(_Section):
     that one; null: begin anew."""
 
 
+PEFT_FORMATS = ("supertuning", "shira")
+
+
 class ExportConfig(_Section):
     """What the run leaves besides the adapter."""
 
@@ -258,6 +261,16 @@ class ExportConfig(_Section):
     """Write the merged dense model, which plain transformers loads."""
     merged_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """The dtype of the merged model."""
+    adapters: list[Literal["supertuning", "shira"]] = []
+    """Also write the adapter as PEFT reads it, as adapter_<format>/: `supertuning` over a 16-bit base, `shira` over a
+    4-bit one."""
+    base_weights: Literal["dequantized", "original"] = "dequantized"
+    """Of a training over NF4: merge into the 4-bit weights that were trained on, which gives the trained model exactly,
+    or into the original ones, which gives another model."""
+    verify: bool = False
+    """Run adapter and merged model on the same tokens and compare; takes the memory of the whole model on rank 0."""
+    index_encoding: Literal["plain", "delta"] = "plain"
+    """The indices in the adapter as int32, or as gaps of about one byte."""
     max_shard_size: Annotated[str, Field(pattern=r"^[1-9][0-9]*(KB|MB|GB)$")] = "5GB"
     """The largest file of the merged model: a whole number followed by KB, MB or GB (powers of 1000)."""
 

@@ -78,6 +78,7 @@ def write_checkpoint(
     tokenizer_folder: Path,
     model_card: str | Callable[[], str],
     config_changes: Mapping[str, Any] | None = None,
+    more_files: Callable[[], Mapping[str, Mapping[str, Any]]] | None = None,
     dtype: str = "bfloat16",
     other_dtypes: Mapping[str, torch.dtype] | None = None,
     max_shard_size: str | int = "5GB",
@@ -96,6 +97,7 @@ def write_checkpoint(
         tokenizer_folder: its tokenizer and chat template are taken over.
         model_card: text of README.md; a function is called after the last tensor.
         config_changes: entries of config.json that differ from the base's (whose quantization is left out).
+        more_files: called after the last tensor: name -> content of further JSON files.
         dtype: "bfloat16", "float16" or "float32".
         other_dtypes: of the tensors that are not stored in `dtype`.
         max_shard_size: as in `plan_shards`.
@@ -144,6 +146,8 @@ def write_checkpoint(
                 shutil.copyfile(path, partial / path.name)
             card = model_card if isinstance(model_card, str) else model_card()
             (partial / "README.md").write_text(card, encoding="utf-8")
+            for name, content in (more_files() if more_files else {}).items():
+                _write_json(partial / name, content)
         except OSError as error:
             raise RuntimeError(f"Could not write the model to '{output}': {error}. Nothing was left there.") from error
     return WrittenCheckpoint(output, len(shards), num_weights, size_bytes)

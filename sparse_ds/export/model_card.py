@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from importlib.metadata import version
-from pathlib import Path
 
 from sparse_ds.adapter.adapter import Adapter
+from sparse_ds.adapter.peft_formats.model_card import public_name
 
 
-def merged_model_card(adapter: Adapter, *, num_deltas: int, num_hidden_deltas: int, dtype: str) -> str:
+def merged_model_card(
+    adapter: Adapter, *, num_deltas: int, num_hidden_deltas: int, dtype: str, base_weights: str
+) -> str:
     """Markdown with the front matter of the hub.
 
     Args:
@@ -17,19 +18,23 @@ def merged_model_card(adapter: Adapter, *, num_deltas: int, num_hidden_deltas: i
         num_deltas: trained weights.
         num_hidden_deltas: non-zero deltas that rounding left without effect.
         dtype: of the stored weights.
+        base_weights: "dequantized" or "original": what the deltas of a training over NF4 were added to.
     """
     config = adapter.config
     base = config.base
-    name, on_hub = _public_name(base.name)
+    name, on_hub = public_name(base.name)
     num_targets = sum(rows * cols for rows, cols in config.shapes.values())
     if base.quantization == "nf4":
         double = " with double quantization" if base.double_quantization else ""
-        base_weights = (
-            f"The target matrices were trained over a 4-bit NF4 base{double} (blocks of 64): their untrained weights "
-            "here are the dequantized ones, as in training, not the original ones."
+        what = (
+            "their untrained weights here are the dequantized ones, as in training, not the original ones."
+            if base_weights == "dequantized"
+            else "here the changes are added to the original weights, so this is not quite the model that was trained. "
+            "`merge_report.json` tells how far it is from it."
         )
+        explained = f"The target matrices were trained over a 4-bit NF4 base{double} (blocks of 64): {what}"
     else:
-        base_weights = "All other weights of the target matrices are those of the base model."
+        explained = "All other weights of the target matrices are those of the base model."
     revision = f" (revision `{base.revision}`)" if base.revision else ""
     return "\n".join(
         [
@@ -51,7 +56,7 @@ def merged_model_card(adapter: Adapter, *, num_deltas: int, num_hidden_deltas: i
                 else [f"- labels: {', '.join(config.labels)}; their head trained as a whole"]
             ),
             "",
-            base_weights,
+            explained,
             "",
             "```python",
             f"from transformers import {_model_class(config.task)}, AutoTokenizer",
@@ -60,6 +65,7 @@ def merged_model_card(adapter: Adapter, *, num_deltas: int, num_hidden_deltas: i
             'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")',
             "```",
             "",
+            *([adapter.model_card_section, ""] if adapter.model_card_section else []),
             "The license of the base model applies.",
             "",
         ]
@@ -68,7 +74,7 @@ def merged_model_card(adapter: Adapter, *, num_deltas: int, num_hidden_deltas: i
 
 def dense_model_card(base_name: str, *, task: str = "causal_lm") -> str:
     """README.md of a model of which every weight was trained."""
-    name, on_hub = _public_name(base_name)
+    name, on_hub = public_name(base_name)
     return "\n".join(
         [
             *_front_matter(name if on_hub else None),
@@ -84,12 +90,6 @@ def dense_model_card(base_name: str, *, task: str = "causal_lm") -> str:
 
 def _model_class(task: str) -> str:
     return "AutoModelForCausalLM" if task == "causal_lm" else "AutoModelForSequenceClassification"
-
-
-def _public_name(base_name: str) -> tuple[str, bool]:
-    """(name to show, whether it is a hub name). Of a local path only the last part is shown."""
-    is_path = base_name.count("/") != 1 or base_name.startswith((".", "~", os.sep)) or Path(base_name).exists()
-    return (Path(base_name).name, False) if is_path else (base_name, True)
 
 
 def _front_matter(hub_base: str | None) -> list[str]:

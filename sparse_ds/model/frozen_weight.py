@@ -49,8 +49,11 @@ def read_frozen(
     if stored_nf4 is not None:
         return _dequantized(checkpoint, stored_nf4, dtype, torch.device(device))
     weight = checkpoint.read(name).to(device, dtype)
-    if not nf4:
-        return weight
+    return nf4_round_trip(weight, double_quantization=double_quantization) if nf4 else weight
+
+
+def nf4_round_trip(weight: Tensor, *, double_quantization: bool) -> Tensor:
+    """A new tensor like `weight`, with the error of NF4 in blocks of 64."""
     quantized = quantize_nf4(weight, double_quantization=double_quantization)
     return dequantize_nf4(
         quantized.packed, quantized.absmax, quantized.nested_statistics, shape=quantized.shape, dtype=quantized.dtype

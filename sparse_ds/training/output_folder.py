@@ -11,6 +11,7 @@ from typing import Any
 
 from sparse_ds.checkpoint.atomic_folder import remove_leftovers
 from sparse_ds.config.errors import UserError
+from sparse_ds.config.schema import PEFT_FORMATS
 
 VERSIONED_PACKAGES = (
     "sparse-ds",
@@ -30,6 +31,7 @@ class OutputFolder:
     resolved_config.json   the configuration with every default and override, and the versions
     metrics.jsonl          one object a line
     adapter/               the deltas
+    adapter_<format>/      the same for PEFT
     merged/                the dense model
     checkpoint-<step>/     see `checkpoint`
     """
@@ -40,6 +42,15 @@ class OutputFolder:
         self.metrics = self.path / "metrics.jsonl"
         self.adapter = self.path / "adapter"
         self.merged = self.path / "merged"
+
+    def peft_adapter(self, peft_format: str) -> Path:
+        """Where the adapter for PEFT goes."""
+        return self.path / f"adapter_{peft_format}"
+
+    @property
+    def results(self) -> tuple[Path, ...]:
+        """Folders that a finished run may have."""
+        return (self.adapter, *map(self.peft_adapter, PEFT_FORMATS), self.merged)
 
     def goes_on(self, resume: str | None) -> bool:
         """Whether a run with this `checkpoint.resume` goes on with the run that is in the folder."""
@@ -79,7 +90,7 @@ class OutputFolder:
         Raises:
             UserError: the folder holds an adapter or a merged model.
         """
-        for result in (self.adapter, self.merged):
+        for result in self.results:
             if result.exists():
                 raise UserError(
                     f"checkpoint.resume: auto, but {self.path} holds no checkpoint and a finished run "
@@ -87,14 +98,14 @@ class OutputFolder:
                 )
 
     def _looks_like_ours(self) -> bool:
-        known = {self.adapter.name, self.merged.name}
+        known = {result.name for result in self.results}
         return all(entry.name in known or entry.name.startswith("checkpoint-") for entry in self.path.iterdir())
 
     def create(self, resolved: dict[str, Any], *, resume: str | None) -> None:
         """Make the folder and write resolved_config.json (rank 0 only). An old run's files go, unless it goes on."""
         try:
             if self.path.exists() and not self.goes_on(resume):
-                for entry in (self.resolved_config, self.metrics, self.adapter, self.merged):
+                for entry in (self.resolved_config, self.metrics, *self.results):
                     _remove(entry)
                 for entry in self.path.glob("checkpoint-*"):
                     _remove(entry)

@@ -5,7 +5,7 @@ build     data, model born partitioned, Trainer      ranks agree on success afte
 train     held-out loss and sample answers before and after
 save      adapter/: gathered tensor by tensor, written by rank 0
 leave     the process group ends, all ranks together
-merge     merged/ by rank 0 alone: nobody waits in a collective while files are written
+export    merged/ and adapters for PEFT by rank 0 alone: nobody waits in a collective while files are written
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ import transformers
 from transformers import PrinterCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from sparse_ds.adapter.adapter import AdapterConfig
+from sparse_ds.adapter.of_checkpoint import REPORT_KEY
 from sparse_ds.checkpoint.identity import check_identity
 from sparse_ds.checkpoint.reading import Checkpoint
 from sparse_ds.checkpoint.run_folder import find_checkpoint, remove_checkpoints_after
@@ -39,7 +41,6 @@ from sparse_ds.drop_grow.event import EventRecord
 from sparse_ds.drop_grow.weight_states import WeightStates
 from sparse_ds.evaluation.questions import read_tasks
 from sparse_ds.evaluation.scoring import TaskScorer, longest_input
-from sparse_ds.export.merged import merge_adapter
 from sparse_ds.model.base_checkpoint import BaseCheckpoint
 from sparse_ds.model.build import read_architecture
 from sparse_ds.model.classification_head import Classification, find_label_word_ids
@@ -47,7 +48,6 @@ from sparse_ds.model.find_base_model import find_base_model, require_same_base
 from sparse_ds.model.tokenizer import load_tokenizer
 from sparse_ds.monitor.memory import memory_gib
 from sparse_ds.monitor.metrics_log import MetricsLog, drop_records_after
-from sparse_ds.monitor.report import run_table
 from sparse_ds.monitor.summary import RunSummary
 from sparse_ds.optim.sm3 import SparseSM3
 from sparse_ds.optim.sparse_adamw import SparseAdamW
@@ -65,10 +65,11 @@ from sparse_ds.training.checkpointing import PublishCheckpoints, RunCheckpoints
 from sparse_ds.training.early_stopping import EarlyStopping
 from sparse_ds.training.engine_state import EngineState
 from sparse_ds.training.evaluation import sample_answer
+from sparse_ds.training.exporting import export_and_report
 from sparse_ds.training.global_order import GlobalOrderSampler
 from sparse_ds.training.output_folder import OutputFolder
 from sparse_ds.training.run_identity import check_same_run, run_identity
-from sparse_ds.training.saving import save_deltas, save_dense_model
+from sparse_ds.training.saving import describe_adapter, save_deltas, save_dense_model
 from sparse_ds.training.setup import (
     EventSchedule,
     PreparedModel,
@@ -124,7 +125,7 @@ def run(config: RunConfig, launch: LaunchEnvironment, device_type: str) -> None:
     # Trainer left a global mark that makes transformers build every later model under ZeRO-3.
     unset_hf_deepspeed_config()
     if launch.rank == 0:
-        _merge_and_report(config, output, base_folder, summary, device)
+        export_and_report(config, output, base_folder, summary, device)
 
 
 def _share_cores(config: RunConfig) -> None:
@@ -164,6 +165,7 @@ class _Training:
         self.early_stopping = None if patience is None else EarlyStopping(patience, device)
         self.is_main = launch.rank == 0
         self.index_hash: str | None = None
+        self.adapter_config: AdapterConfig | None = None
         self.answers = _Answers()
         self.heldout_before: float | None = None
         self.accuracy_before: float | None = None
@@ -209,6 +211,7 @@ class _Training:
         self.resumed = self._find_resumed()
         with process_group.agreement("making the output folder"):
             if self.is_main:
+                self.adapter_config = describe_adapter(config, self.prepared, checkpoint)
                 self.output.create(config.to_dict(), resume=config.checkpoint.resume)
                 if config.checkpoint.resume is not None:
                     # In a folder of its own there is nothing of the kind. Without a checkpoint all is written again.
@@ -401,6 +404,7 @@ class _Training:
                 self.heldout_before, self.accuracy_before = report["heldout_before"], report["accuracy_before"]
                 self.index_hash = report["index_hash"]
                 self.tasks_before = report.get("tasks_before")
+                self._note_births(_births(report.get(REPORT_KEY)))
                 self.answers = _Answers(prompt, before=report["answer_before"])
             except KeyError as error:
                 raise UserError(f"checkpoint {checkpoint.folder}: `run_state.report` has no {error}.") from error
@@ -425,10 +429,16 @@ class _Training:
             "answer_before": self.answers.before,
             "index_hash": self.index_hash,
             "tasks_before": self.tasks_before,
+            REPORT_KEY: None if self.adapter_config is None else self.adapter_config.model_dump(mode="json"),
         }
+
+    def _note_births(self, birth_steps: dict[int, int] | None) -> None:
+        if self.adapter_config is not None:
+            self.adapter_config = self.adapter_config.model_copy(update={"birth_steps": birth_steps})
 
     def _log_event(self, record: EventRecord) -> None:
         self.index_hash = record.index_hash
+        self._note_births(record.birth_steps)
         self.log.write(
             "event",
             {
@@ -506,7 +516,14 @@ class _Training:
 
     def _save(self) -> None:
         if self.prepared.layers:
-            stored = save_deltas(self.config, self.prepared, self.master, self.output.adapter, self.device)
+            stored = save_deltas(
+                self.adapter_config,
+                self.prepared,
+                self.master,
+                self.output.adapter,
+                self.device,
+                index_encoding=self.config.export.index_encoding,
+            )
             if stored is not None and self.index_hash is not None and stored.index_hash != self.index_hash:
                 raise RuntimeError(
                     f"the indices in {self.output.adapter} hash to {stored.index_hash}, but the last event left "
@@ -537,22 +554,7 @@ class _Training:
         )
 
 
-def _merge_and_report(
-    config: RunConfig, output: OutputFolder, base_folder: Path, summary: RunSummary, device: torch.device
-) -> None:
-    """Rank 0, alone: the merged model, the summary line, the table."""
-    if config.export.merged:
-        if summary.adapter_dir is not None:
-            merge_adapter(
-                base_folder,
-                output.adapter,
-                output.merged,
-                dtype=config.export.merged_dtype,
-                max_shard_size=config.export.max_shard_size,
-                device=device.type,
-                overwrite=True,
-            )
-        summary = replace(summary, merged_dir=str(output.merged))
-    with MetricsLog(output.metrics) as log:
-        log.write("summary", summary.to_record())
-    print(run_table(summary), flush=True)
+def _births(adapter: dict[str, Any] | None) -> dict[int, int] | None:
+    """Of the adapter that a checkpoint describes; JSON has made text of the steps."""
+    births = (adapter or {}).get("birth_steps")
+    return None if births is None else {int(step): count for step, count in births.items()}

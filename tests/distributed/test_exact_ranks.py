@@ -10,6 +10,8 @@ from ranks import run_ranks
 
 from sparse_ds.distributed.process_group import world_size
 
+pytestmark = pytest.mark.slow
+
 STEPS = 20
 EVENTS = {"interval_steps": 5, "estimation_steps": 2, "initial_drop_fraction": 0.5}
 CASES: dict[str, dict[str, Any]] = {

@@ -24,6 +24,8 @@ from sparse_ds.selection.bernoulli_subset import bernoulli_subset
 from sparse_ds.selection.outer_topk import outer_product_topk
 from sparse_ds.selection.random_subset import random_subset
 
+pytestmark = pytest.mark.slow
+
 SIZES = ((2048, 4096), (4096, 4096), (4096, 8192))
 DENSITY = 0.004
 TILE_BYTES = 2**20

@@ -78,7 +78,9 @@ def settings_of(case: Case, base: Path, data: Path, output_dir: Path) -> dict[st
 
 
 @pytest.mark.parametrize(
-    "case", CASES, ids=lambda c: f"{c.num_ranks}ranks-{c.quantization}{'-checkpointing' * c.gradient_checkpointing}"
+    "case",
+    [pytest.param(case, marks=[pytest.mark.slow] if case.num_ranks > 1 else []) for case in CASES],
+    ids=lambda c: f"{c.num_ranks}ranks-{c.quantization}{'-checkpointing' * c.gradient_checkpointing}",
 )
 def test_a_rank_holds_its_partition_and_leaves_the_base_as_it_is(
     case: Case, tiny_base: Path, tiny_data: Path, tmp_path: Path

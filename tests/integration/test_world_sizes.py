@@ -18,6 +18,8 @@ from forks import free_port
 from sparse_ds.embedded import resolve_model
 from sparse_ds.export.quantized import write_nf4_checkpoint
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 NUM_STEPS = 25
 LAUNCH_SECONDS = 300

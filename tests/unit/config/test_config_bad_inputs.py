@@ -115,6 +115,14 @@ BAD_OVERRIDES = [
 
 CONFLICTS = [
     (
+        ["method.name=sparta", "method.train_norms=true", 'export.adapters=["shira"]'],
+        r"export\.adapters: got \['shira'\], but PEFT's formats hold no deltas of biases .*method\.train_norms",
+    ),
+    (
+        ["method.name=full", "model.quantization=none", "export.verify=true"],
+        r"export\.verify: given, but method\.name full does not use it",
+    ),
+    (
         ["model.attention=flash_attention_2", "model.dtype=float32"],
         r"model\.attention: got flash_attention_2, .* 16 bits",
     ),

@@ -128,6 +128,11 @@ def test_batch_plan_adds_up(micro: int, multiple: int, world_size: int) -> None:
         ),
         ({"train": {"output_dir": "x", "max_steps": 5}}, []),
         (
+            {"model": {"quantization": "none"}, "export": {"base_weights": "original"}},
+            ["export.base_weights original has no effect: model.quantization is none"],
+        ),
+        ({"export": {"merged": False, "verify": True}}, ["export.verify has no effect: export.merged is false"]),
+        (
             {
                 "data": {"eval": None, "num_eval_samples": 4},
                 "train": {"output_dir": "x", "eval_interval_steps": 5, "early_stopping_patience": 2},
