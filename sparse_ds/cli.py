@@ -38,6 +38,8 @@ COMMANDS = {
     "merge": ("merge_adapters", "several adapters as one, or as one model with several heads"),
     "inspect": ("inspect_adapter", "what is in an adapter"),
     "quantize": ("quantize", "save a base model in NF4, which then loads faster"),
+    "eval": ("evaluate", "score a saved model or adapter on tasks"),
+    "data": ("preview_data", "look at the data of a run"),
     "report": ("report", "compare finished runs in one table"),
 }
 """Name -> file of `sparse_ds.commands`, and what it does."""

@@ -195,6 +195,8 @@ def _task_conflicts(model: ModelConfig, data: DataConfig | None) -> Iterator[str
             f"data.instruction: got {instruction!r}, expected a text with {{text}} in it, where the sample goes. Add "
             "it."
         )
+    if data is not None and data.tasks and is_classification:
+        yield "data.tasks: given, but only model.task causal_lm answers questions. Remove it."
     labels = None if data is None else data.labels
     if labels is not None and len(set(labels)) < len(labels):
         repeated = next(label for label in labels if labels.count(label) > 1)

@@ -50,6 +50,8 @@ def translate_errors(error: ValidationError, model: type[BaseModel], data: Mappi
             continue
         if not location:
             lines[location] = str(item["ctx"]["error"]) if "ctx" in item else item["msg"]
+        elif len(item["loc"]) > 3 and isinstance(item["loc"][2], int):
+            lines[location] = _explain_entry(item, data)
         elif item["type"] == "extra_forbidden":
             lines[location] = _explain_unknown(location, schema)
         else:
@@ -90,6 +92,19 @@ def _explain_wrong(location: Sequence[str], schema: Mapping[str, Any], data: Map
     return f"{field}: {given}, expected {expected}." + (f" {purpose}" if purpose else "")
 
 
+def _explain_entry(item: Mapping[str, Any], data: Mapping[str, Any]) -> str:
+    """A mistake inside one entry of a list of sections: `data.tasks[0].kind`."""
+    field = ""
+    value: Any = _MISSING if item["type"] == "missing" else data
+    for part in item["loc"]:
+        field += f"[{part}]" if isinstance(part, int) else f".{part}" if field else str(part)
+        value = value if value is _MISSING else value[part]
+    if item["type"] == "extra_forbidden":
+        return f"{field}: unknown key."
+    given = "missing" if value is _MISSING else f"got {describe_value(value)}"
+    return f"{field}: {given}. {str(item['msg']).removeprefix('Value error, ')}."
+
+
 def _fields_of(section: str, schema: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = _resolve(schema["properties"][section], schema).get("properties", {})
     return found
@@ -126,6 +141,9 @@ def _describe_schema(spec: Mapping[str, Any], schema: Mapping[str, Any]) -> str:
 
 def _plural(item: Mapping[str, Any]) -> str:
     if item.get("type") == "object":
+        # A task may be given as a text.
+        if item["title"] == "TaskConfig":
+            return "texts or sections ({...})"
         return "{" + ", ".join(item["properties"]) + "}"
     return "names out of " + ", ".join(item["enum"]) if "enum" in item else "texts"
 

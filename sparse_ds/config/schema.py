@@ -17,6 +17,7 @@ from sparse_ds.config.conflicts import find_conflicts, find_idle_task_keys, find
 from sparse_ds.config.data_conflicts import find_idle_data_keys
 from sparse_ds.config.errors import UserError
 from sparse_ds.config.methods import all_methods
+from sparse_ds.config.tasks import Task
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Text = Annotated[str, Field(min_length=1)]
@@ -148,6 +149,9 @@ class DataConfig(_Section):
     cache_dir: Text | None = None
     """The folder for tokenized data, about 8 bytes a token; null: `sparse_ds` in the cache folder of `datasets`
     (HF_DATASETS_CACHE). A relative path is relative to the working directory."""
+    tasks: list[Task] = []
+    """Questions that the model answers whenever it is evaluated, before and after the run: files, or objects with the
+    fields of `sparse_ds/config/tasks.py`; `model.task` causal_lm only."""
 
 
 class MethodConfig(_Section):

@@ -23,7 +23,7 @@ from sparse_ds.config.errors import UserError
 
 logger = logging.getLogger("sparse_ds")
 
-Kind = Literal["load", "step", "eval", "event", "skipped", "summary"]
+Kind = Literal["load", "step", "eval", "task", "event", "skipped", "summary"]
 
 
 class MetricsLog:

@@ -28,6 +28,8 @@ def run_table(summary: RunSummary) -> str:
     rows: list[tuple[str, str | None]] = [
         ("held-out loss", _loss_change(summary)),
         *((f"held-out {title}", _score_change(summary, name)) for name, title in _SCORE_TITLES.items()),
+        ("perplexity", _perplexity_change(summary)),
+        *_task_rows(summary),
         (
             "trained weights",
             f"{summary.num_trained_weights:,} of {summary.num_weights:,} ({_percent(summary.trained_fraction)})",
@@ -175,6 +177,27 @@ def _score(scores: Mapping[str, float], name: str) -> str:
     if name not in scores:
         return "-"
     return f"{scores[name]:.1%}" if name == "accuracy" else f"{scores[name]:.3f}"
+
+
+def _perplexity_change(summary: RunSummary) -> str | None:
+    before, after = summary.heldout_perplexity_before, summary.heldout_perplexity_after
+    if before is None and after is None:
+        return None
+    shown = ["-" if value is None else f"{value:.4g}" for value in (before, after)]
+    return f"{shown[0]} before, {shown[1]} after"
+
+
+def _task_rows(summary: RunSummary) -> list[tuple[str, str | None]]:
+    """One row a task: accuracy before and after, and what guessing would give."""
+    rows: list[tuple[str, str | None]] = []
+    for task in summary.tasks or []:
+        before, after = (
+            "-" if task[key] is None else f"{task[key]:.1%}" for key in ("accuracy_before", "accuracy_after")
+        )
+        guessing = "" if task["chance"] is None else f"; guessing {task['chance']:.1%}"
+        text = f"{before} right before, {after} after ({task['num_samples']:,} questions{guessing})"
+        rows.append((f"task {task['task']}"[:_MAX_NAME], text))
+    return rows
 
 
 def _loss(loss: float | None) -> str:

@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
+
+
+def perplexity(loss: float) -> float:
+    """exp of a mean loss per token, in nats; infinite where that is too large for a number."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
 
 
 @dataclass(frozen=True)
@@ -36,6 +45,9 @@ class RunSummary:
     heldout_scores_after: dict[str, float] | None = None
     num_skipped_steps: int = 0
     """Of `num_steps`: those whose loss or gradient was not finite."""
+    tasks: list[dict[str, Any]] | None = None
+    """A record per entry of `data.tasks`: `task` (its name), `num_samples`, `accuracy_before`, `accuracy_after`, and
+    `chance`, the accuracy of guessing."""
 
     @property
     def trained_fraction(self) -> float:
@@ -52,9 +64,29 @@ class RunSummary:
         """As `heldout_accuracy_before`."""
         return (self.heldout_scores_after or {}).get("accuracy")
 
+    @property
+    def heldout_perplexity_before(self) -> float | None:
+        """exp(held-out loss) of a language model; None for a classification."""
+        return self._perplexity(self.heldout_loss_before)
+
+    @property
+    def heldout_perplexity_after(self) -> float | None:
+        """As `heldout_perplexity_before`."""
+        return self._perplexity(self.heldout_loss_after)
+
+    def _perplexity(self, loss: float | None) -> float | None:
+        is_classification = self.heldout_accuracy_before is not None or self.heldout_accuracy_after is not None
+        return None if loss is None or is_classification else perplexity(loss)
+
     def to_record(self) -> dict[str, Any]:
-        """The fields, `trained_fraction`, and the accuracies."""
-        derived = ("trained_fraction", "heldout_accuracy_before", "heldout_accuracy_after")
+        """The fields, `trained_fraction`, the accuracies and the perplexities."""
+        derived = (
+            "trained_fraction",
+            "heldout_accuracy_before",
+            "heldout_accuracy_after",
+            "heldout_perplexity_before",
+            "heldout_perplexity_after",
+        )
         return {**asdict(self), **{name: getattr(self, name) for name in derived}}
 
     @classmethod

@@ -42,6 +42,8 @@ from sparse_ds.distributed.zero3_partitions import MasterWeights, all_reduce_max
 from sparse_ds.drop_grow.estimation import EstimationPhase
 from sparse_ds.drop_grow.event import EventRecord
 from sparse_ds.drop_grow.weight_states import WeightStates
+from sparse_ds.evaluation.questions import read_tasks
+from sparse_ds.evaluation.scoring import TaskScorer, longest_input
 from sparse_ds.export.tokenizer_folder import write_tokenizer
 from sparse_ds.model.base_checkpoint import BaseCheckpoint
 from sparse_ds.model.build import read_architecture
@@ -85,6 +87,7 @@ from sparse_ds.training.setup import (
 )
 from sparse_ds.training.skipped_steps import SkippedSteps, samples_of_step
 from sparse_ds.training.stop_signals import StopSignals, StopTogether
+from sparse_ds.training.task_scoring import ScoreTasks
 from sparse_ds.training.trainer import SparseTrainer, classification_loss
 from sparse_ds.training.trainer_progress import TrainerProgress, check_trainer_state
 from sparse_ds.training.training_rows import order_rows
@@ -172,6 +175,8 @@ class _Training:
         self.answers = _Answers()
         self.heldout_before: float | None = None
         self.scores_before: dict[str, float] = {}
+        self.tasks: ScoreTasks | None = None
+        self.tasks_before: dict[str, float] | None = None
         self.resumed: Checkpoint | None = None
         self.weight_states: WeightStates | None = None
         self.estimation: EstimationPhase | None = None
@@ -200,6 +205,8 @@ class _Training:
             self.rows = order_rows(config, self.data, plan.global_batch_size)
             sampler = self.rows.sampler
             classification = self._plan_classification()
+            tasks = read_tasks(config.data.tasks, "data.tasks")
+            self.scorers = [TaskScorer(task, self.tokenizer, longest_input(architecture)) for task in tasks]
         require_same_base(self.base_folder, fingerprint)
         self.prepared: PreparedModel = prepare_model(
             config,
@@ -210,7 +217,8 @@ class _Training:
         )
         self.identity = run_identity(config, checkpoint, self.prepared, self.rows.fingerprint(), plan.global_batch_size)
         heldout = None if self.data.eval is None else dataset_fingerprint(self.data.eval)
-        check_same_run({**self.identity, "held-out data": heldout})
+        digests = {f"task {task.name}": task.digest() for task in tasks}
+        check_same_run({**self.identity, "held-out data": heldout, **digests})
         self.steps_per_epoch = len(sampler) // plan.global_batch_size
         self.resumed = self._find_resumed()
         with process_group.agreement("making the output folder"):
@@ -286,6 +294,10 @@ class _Training:
         arguments = make_training_arguments(
             config, self.launch.world_size, max(full_size(p) for p in trained), self.output.path, self.device
         )
+        if self.scorers:
+            self.tasks = ScoreTasks(
+                self.scorers, lambda: self.trainer, self.log, arguments.per_device_eval_batch_size, self.device
+            )
         trainer = SparseTrainer(
             make_optimizer=lambda parameters: make_optimizer(config, parameters),
             sampler=sampler,
@@ -303,6 +315,8 @@ class _Training:
                 NotePosition(self.watchdog),
                 BaseGuard(self.prepared.frozen_parameters),
                 OnTrainBegin(self._bind),
+                # Before WriteMetrics, which counts no time of evaluation as training.
+                *([] if self.tasks is None else [self.tasks]),
             ],
             compute_loss_func=None if self.prepared.classification is None else classification_loss,
         )
@@ -352,6 +366,7 @@ class _Training:
             before = self.trainer.evaluate()
             self.heldout_before = before["eval_loss"]
             self.scores_before = (self.metrics.heldout_at(0) or (None, {}))[1]
+        self.tasks_before = self._task_accuracies()
         if prompt is not None:
             self.answers = _Answers(prompt, before=self._answer(prompt))
 
@@ -411,6 +426,7 @@ class _Training:
             try:
                 self.heldout_before, self.scores_before = report["heldout_before"], report["scores_before"]
                 self.index_hash = report["index_hash"]
+                self.tasks_before = report.get("tasks_before")
                 self._note_births(_births(report.get(REPORT_KEY)))
                 self.answers = _Answers(prompt, before=report["answer_before"])
             except KeyError as error:
@@ -436,6 +452,7 @@ class _Training:
             "scores_before": self.scores_before,
             "answer_before": self.answers.before,
             "index_hash": self.index_hash,
+            "tasks_before": self.tasks_before,
             REPORT_KEY: None if self.adapter_config is None else self.adapter_config.model_dump(mode="json"),
         }
 
@@ -468,6 +485,15 @@ class _Training:
             },
         )
 
+    def _task_accuracies(self) -> dict[str, float] | None:
+        """Task -> accuracy of the model as it is now; None without tasks."""
+        if self.tasks is None:
+            return None
+        step = self.trainer.state.global_step
+        if self.tasks.accuracies_at(step) is None:
+            self.tasks.score(step)
+        return self.tasks.accuracies_at(step)
+
     def _answer(self, prompt: SamplePrompt) -> str:
         answer = sample_answer(
             self.trainer.model, self.tokenizer, prompt.input_ids, self.config.monitor.sample_max_tokens, self.device
@@ -483,6 +509,7 @@ class _Training:
             if self.metrics.heldout_at(step) is None:
                 self.trainer.evaluate()
             heldout_after, scores_after = self.metrics.heldout_at(step) or (None, {})
+        tasks_after = self._task_accuracies()
         for line in self.checkpoints.describe():
             logger.info("%s", line)
         if self.answers.prompt is not None:
@@ -509,6 +536,7 @@ class _Training:
             heldout_scores_before=self.scores_before or None,
             heldout_scores_after=scores_after or None,
             num_skipped_steps=self.skipped.num_skipped,
+            tasks=None if self.tasks is None else self.tasks.summary(self.tasks_before, tasks_after or {}),
         )
 
     def _save(self) -> None:

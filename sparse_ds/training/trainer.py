@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import Trainer
 
 from sparse_ds.distributed.zero3_partitions import all_reduce_sum
+from sparse_ds.monitor.summary import perplexity
 from sparse_ds.training.evaluation import HeldoutResult, heldout_loss
 from sparse_ds.training.global_order import GlobalOrderSampler
 from sparse_ds.training.skipped_steps import with_gradient_of_its_kind
@@ -151,15 +152,19 @@ class SparseTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Held-out loss, and scores of a classification; the log entries are `<prefix>_loss`, `<prefix>_accuracy`, ...
+        """Held-out loss, and perplexity, or the scores of a classification; the log entries are `<prefix>_loss`,
+        `<prefix>_perplexity`, `<prefix>_accuracy`, ...
 
         Collectives: those of `heldout_loss`; every rank must call it.
         """
         result = self.heldout_result()
         metrics = {f"{metric_key_prefix}_loss": result.loss}
-        metrics |= {f"{metric_key_prefix}_{name}": score for name, score in result.scores.items()}
-        counted = "num_samples" if result.scores else "num_tokens"
-        metrics[f"{metric_key_prefix}_{counted}"] = result.num_counted
+        if result.scores:
+            metrics |= {f"{metric_key_prefix}_{name}": score for name, score in result.scores.items()}
+            metrics[f"{metric_key_prefix}_num_samples"] = result.num_counted
+        else:
+            metrics[f"{metric_key_prefix}_perplexity"] = perplexity(result.loss)
+            metrics[f"{metric_key_prefix}_num_tokens"] = result.num_counted
         if result.hidden_delta_fraction is not None:
             metrics[f"{metric_key_prefix}_hidden_delta_fraction"] = result.hidden_delta_fraction
         self.log(dict(metrics))

@@ -53,6 +53,7 @@ def test_run_table() -> None:
         [
             "-" * 100,
             "held-out loss    5.2000 before, 4.3000 after",
+            "perplexity       181.3 before, 73.7 after",
             "trained weights  12,345 of 1,000,000 (1.23 %)",
             "training         150 steps in 1 min 23 s, 3,692 tokens/s, peak 1.23 GiB",
             "sample prompt    Reverse: abc",
