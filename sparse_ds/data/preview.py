@@ -71,7 +71,8 @@ class SourceFacts:
         num_duplicates: samples that are equal to an earlier one.
         digests: of each sample's tokens, to find it in another source.
         num_bos_first, num_bos_twice: samples that begin with the BOS token, and with two.
-        num_end_trained: samples whose last token is special and trained: there the model learns to stop.
+        num_end_trained: samples whose last token (but for blanks) is special and trained: there the model learns to
+            stop.
         num_end_masked: samples whose last token is special and not trained.
         num_cut: samples as long as `data.sequence_length` that do not end with a special token.
         num_eos_inside: samples with a trained EOS token before their last token.
@@ -195,6 +196,7 @@ class _Counter:
         self._pad = tokenizer.pad_token_id if tokenizer.pad_token_id != self._eos else None
         self._special = set(tokenizer.all_special_ids)
         self._seen: set[bytes] = set()
+        self._tokenizer, self._blank = tokenizer, dict[int, bool]()
 
     def add(self, ids: _Integers, trained: npt.NDArray[np.bool_], label: Any) -> None:
         facts = self._facts
@@ -210,16 +212,30 @@ class _Counter:
         if self._bos is not None:
             facts.num_bos_first += bool(ids[0] == self._bos)
             facts.num_bos_twice += bool(len(ids) > 1 and ids[0] == ids[1] == self._bos)
-        ends_special = int(ids[-1]) in self._special
-        facts.num_end_trained += ends_special and bool(trained[-1])
-        facts.num_end_masked += ends_special and not trained[-1]
+        end = self._end_of(ids)
+        ends_special = int(ids[end]) in self._special
+        facts.num_end_trained += ends_special and bool(trained[end])
+        facts.num_end_masked += ends_special and not trained[end]
         facts.num_cut += len(ids) >= self._sequence_length and not ends_special
         if self._eos is not None:
-            facts.num_eos_inside += bool(((ids[:-1] == self._eos) & trained[:-1]).any())
+            facts.num_eos_inside += bool(((ids[:end] == self._eos) & trained[:end]).any())
         if self._pad is not None:
             facts.num_pad_inside += bool((ids == self._pad).any())
         if self._unk is not None and self._unk not in (self._bos, self._eos):
             facts.num_unknown_tokens += int((ids == self._unk).sum())
+
+    def _end_of(self, ids: _Integers) -> int:
+        """Place of the last token, or of the special one before it if only blanks are between: templates write a line
+        end behind the end of a turn."""
+        end = len(ids) - 1
+        while end > 0 and self._is_blank(int(ids[end])):
+            end -= 1
+        return end if int(ids[end]) in self._special else len(ids) - 1
+
+    def _is_blank(self, token: int) -> bool:
+        if token not in self._blank:
+            self._blank[token] = token not in self._special and not self._tokenizer.decode([token]).strip()
+        return self._blank[token]
 
 
 def _samples(dataset: Any) -> Iterator[dict[str, Any]]:

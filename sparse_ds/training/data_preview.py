@@ -7,13 +7,14 @@ from dataclasses import dataclass
 import transformers
 
 from sparse_ds.config import RunConfig, UserError
-from sparse_ds.data import build_datasets
 from sparse_ds.data.preview import SourceFacts, look_at
 from sparse_ds.data.token_doctor import Finding, RunFacts, examine
 from sparse_ds.model.base_checkpoint import BaseCheckpoint
 from sparse_ds.model.build import read_architecture
 from sparse_ds.model.find_base_model import find_base_model
+from sparse_ds.model.kinds import check_task
 from sparse_ds.model.tokenizer import load_tokenizer
+from sparse_ds.training.run_data import read_run_data
 
 
 @dataclass(frozen=True)
@@ -38,9 +39,12 @@ def preview_data(config: RunConfig, num_samples: int) -> DataPreview:
         raise UserError(f"--samples: got {num_samples}, expected 0 or more.")
     folder = find_base_model(config.model.name_or_path, config.model.revision)
     transformers.utils.logging.set_verbosity_error()
-    architecture = read_architecture(BaseCheckpoint(folder))
+    checkpoint = BaseCheckpoint(folder)
+    check_task(checkpoint.config, checkpoint.folder, config.model.task)
+    architecture = read_architecture(checkpoint)
     tokenizer = load_tokenizer(folder)
-    bundle = build_datasets(config.data, tokenizer, task=config.model.task, num_sample_prompts=0)
+    plan = config.batch_plan(1)
+    bundle = read_run_data(config, architecture, tokenizer, global_batch_size=plan.global_batch_size)
     length = config.data.sequence_length
     train = look_at(bundle.train_data, tokenizer, "data.train", length, num_samples)
     heldout = None
@@ -50,9 +54,9 @@ def preview_data(config: RunConfig, num_samples: int) -> DataPreview:
         sequence_length=length,
         max_positions=getattr(architecture, "max_position_embeddings", None),
         vocabulary_size=getattr(architecture, "vocab_size", None),
-        global_batch_size=config.batch_plan(1).global_batch_size,
+        global_batch_size=plan.global_batch_size,
         micro_batch_size=config.train.micro_batch_size,
-        packing=getattr(config.data, "packing", None) if config.model.task == "causal_lm" else None,
+        packing=config.data.packing if config.model.task == "causal_lm" else None,
     )
     sources = [facts for facts in (train, heldout) if facts is not None]
     return DataPreview(sources, examine(train, heldout, tokenizer, run))

@@ -30,11 +30,10 @@ from sparse_ds.checkpoint.run_folder import find_checkpoint, remove_checkpoints_
 from sparse_ds.config import RunConfig, UserError
 from sparse_ds.config.errors import STOPPED_EXIT_CODE, RunStoppedError
 from sparse_ds.config.methods import all_methods
-from sparse_ds.data import ClassifierInputs, DataBundle, SamplePrompt, build_datasets
+from sparse_ds.data import DataBundle, SamplePrompt
 from sparse_ds.data.fingerprint import dataset_fingerprint
 from sparse_ds.data.named_templates import exported_template
 from sparse_ds.data.packing import PackedDataset
-from sparse_ds.data.token_cache import default_folder
 from sparse_ds.distributed import process_group
 from sparse_ds.distributed.launch_environment import LaunchEnvironment
 from sparse_ds.distributed.watchdog import Watchdog
@@ -49,7 +48,7 @@ from sparse_ds.model.base_checkpoint import BaseCheckpoint
 from sparse_ds.model.build import read_architecture
 from sparse_ds.model.classification_head import Classification, find_label_word_ids
 from sparse_ds.model.find_base_model import find_base_model, require_same_base
-from sparse_ds.model.kinds import check_task, input_facts
+from sparse_ds.model.kinds import check_task
 from sparse_ds.model.tokenizer import load_tokenizer
 from sparse_ds.monitor.memory import memory_gib
 from sparse_ds.monitor.metrics_log import MetricsLog, drop_records_after
@@ -73,6 +72,7 @@ from sparse_ds.training.evaluation import sample_answer
 from sparse_ds.training.exporting import export_and_report
 from sparse_ds.training.global_order import GlobalOrderSampler
 from sparse_ds.training.output_folder import OutputFolder
+from sparse_ds.training.run_data import read_run_data
 from sparse_ds.training.run_identity import check_same_run, run_identity
 from sparse_ds.training.saving import describe_adapter, save_deltas, save_dense_model
 from sparse_ds.training.setup import (
@@ -190,16 +190,13 @@ class _Training:
             architecture = read_architecture(checkpoint)
             fingerprint = checkpoint.fingerprint()
             self.tokenizer = load_tokenizer(self.base_folder)
-            self.data: DataBundle = build_datasets(
-                config.data,
+            self.data: DataBundle = read_run_data(
+                config,
+                architecture,
                 self.tokenizer,
-                task=config.model.task,
-                seed=config.train.seed,
                 global_batch_size=plan.global_batch_size,
-                classifier_inputs=ClassifierInputs(**input_facts(architecture)),
                 num_sample_prompts=config.monitor.num_sample_prompts,
                 show_progress=self.is_main,
-                cache_folder=self._cache_folder(),
                 show_bar=self.launch.rank == self.launch.local_rank,
             )
             self.rows = order_rows(config, self.data, plan.global_batch_size)
@@ -249,13 +246,6 @@ class _Training:
         self._save()
         self.log.close()
         return summary
-
-    def _cache_folder(self) -> Path | None:
-        """Of tokenized data; None: nothing is kept."""
-        data = self.config.data
-        if not data.cache:
-            return None
-        return default_folder() if data.cache_dir is None else Path(data.cache_dir)
 
     def _plan_classification(self) -> Classification | None:
         """What the model has to know of the labels; None for a language model."""

@@ -118,3 +118,18 @@ def test_a_long_sample_loses_its_middle_in_the_terminal(
     assert f"{'x' * 199} ... 102 tokens ... {'x' * 199}</s>" in preview_text([facts], [], colour=False).replace(
         "⟦", ""
     ).replace("⟧", "")
+
+
+def test_a_line_end_behind_the_last_special_token_is_no_end(
+    tokenizer: PreTrainedTokenizerFast, write_jsonl: WriteJsonl
+) -> None:
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    encoder = {"data_format": "auto", "sequence_length": 64}
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] + m['content'] + '</s>\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant' }}{% endif %}"
+    )
+    data = build_dataset(write_jsonl({"messages": turns}), tokenizer, **encoder)
+    facts = look_at(data, tokenizer, "data.train", 64, 1)
+    assert facts.samples[0].tokens[-1].text == "\n" and not facts.samples[0].tokens[-1].is_trained
+    assert (facts.num_end_trained, facts.num_end_masked, facts.num_eos_inside) == (1, 0, 0)
