@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-MIDDLE_RATES = {"SpaRTA": 1e-2, "LoRA (peft)": 3.2e-3}
+MIDDLE_RATES = {"SpaRTA": 3.2e-3, "LoRA (peft)": 3.2e-3}
 ROOT_OF_10 = 10**0.5
 
 

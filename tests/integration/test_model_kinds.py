@@ -122,7 +122,9 @@ def changed_names(base: Path, run: FinishedRun) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("model_type", CASES)
+@pytest.mark.parametrize(
+    "model_type", [pytest.param(name, marks=[pytest.mark.slow] if name == "mistral" else []) for name in CASES]
+)
 def test_plain_transformers_classifies_as_the_run_did(tmp_path: Path, model_type: str) -> None:
     work = make_work(tmp_path / "work", model_type)
     settings = CASES[model_type]
@@ -154,7 +156,7 @@ def test_plain_transformers_classifies_as_the_run_did(tmp_path: Path, model_type
     assert all(bool(run.adapter[f"{name}.values"].any()) for name in sparse if not name.endswith("key.bias"))
 
 
-@pytest.mark.parametrize("precision", ["float32", "nf4"])
+@pytest.mark.parametrize("precision", [pytest.param("float32", marks=pytest.mark.slow), "nf4"])
 def test_gemma2_as_a_language_model(tmp_path: Path, precision: str) -> None:
     """Its merged model has the run's held-out loss in plain transformers: soft caps, 1 + w norms, tied head."""
     work = make_work(tmp_path / "work", "gemma2")
