@@ -18,3 +18,8 @@ def test_every_script_can_be_imported() -> None:
     )
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300, check=False)
     assert ended.returncode == 0, ended.stderr
+
+
+def test_the_list_of_the_code_is_up_to_date() -> None:
+    command = [sys.executable, SCRIPTS / "list_code.py", "--check"]
+    assert subprocess.run(command, timeout=60, check=False).returncode == 0, "run scripts/list_code.py"
