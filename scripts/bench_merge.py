@@ -12,12 +12,14 @@ for three times `--size-gb`.
 Peak is the largest resident set of the whole process (`ru_maxrss`), Python and libraries included; `libraries` is what
 was resident before the merge began. Prints a table in markdown; the exit code is 1 if our peak is above the largest
 shard + 512 MiB. Last it counts how many of the deltas give another bf16 weight in peft's model, which adds
-bf16(w) + bf16(value), than in ours, round(fp32 w + fp32 value).
+bf16(w) + bf16(value), than in ours, round(fp32 w + fp32 value). With `--switch` it also loads the base in plain
+transformers and times `InPlaceAdapter.apply` and `.remove`, and compares every bit of the base before and after.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import platform
@@ -40,6 +42,7 @@ from llama_on_disk import LlamaShape, has_llama, shape_of_size, write_llama
 from safetensors import safe_open
 
 from sparse_ds.adapter.adapter import AdapterBase, AdapterConfig, Deltas
+from sparse_ds.adapter.in_place import InPlaceAdapter
 from sparse_ds.adapter.native import load_adapter, save_adapter
 from sparse_ds.adapter.peft_formats.supertuning import save_supertuning
 from sparse_ds.export.merged import merge_adapter
@@ -48,6 +51,7 @@ from sparse_ds.selection.random_subset import random_subset
 
 ALLOWED_ABOVE_SHARD_MIB = 512
 VALUES_STD = 1e-3
+SWITCHES = 3
 
 
 def main() -> int:
@@ -57,12 +61,14 @@ def main() -> int:
     parser.add_argument("--density", type=float, default=0.01, help="trained share of every matrix")
     parser.add_argument("--max-shard-size", default="2GB", help="of the outputs")
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--worker", choices=["ours", "peft"], help=argparse.SUPPRESS)
+    parser.add_argument("--switch", action="store_true", help="time an adapter switched on and off in a loaded model")
+    parser.add_argument("--worker", choices=["ours", "peft", "switch"], help=argparse.SUPPRESS)
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args()
     folder = arguments.folder
     if arguments.worker:
-        print(json.dumps(merge(arguments.worker, folder, arguments.max_shard_size)))
+        worker = switch(folder) if arguments.worker == "switch" else merge(arguments.worker, folder, arguments)
+        print(json.dumps(worker))
         return 0
     shape = shape_of_size(arguments.size_gb)
     if not has_llama(folder / "base", shape):
@@ -72,16 +78,31 @@ def main() -> int:
     for number in range(arguments.rounds):
         for name in sorted(measured, reverse=bool(number % 2)):
             shutil.rmtree(folder / name, ignore_errors=True)
-            words = ["--folder", str(folder), "--max-shard-size", arguments.max_shard_size, "--worker", name]
-            ended = subprocess.run([sys.executable, __file__, *words], stdout=subprocess.PIPE, text=True, check=True)
-            measured[name].append(json.loads(ended.stdout.splitlines()[-1]))
+            measured[name].append(run_worker(name, arguments))
             if number < arguments.rounds - 1:
                 shutil.rmtree(folder / name)
     largest_shard_mib = max(path.stat().st_size for path in (folder / "ours").glob("*.safetensors")) / 2**20
     num_other, num_deltas = count_other_weights(folder)
     for name in measured:
         shutil.rmtree(folder / name)
-    return report(arguments, measured, largest_shard_mib, num_other / num_deltas)
+    exit_code = report(arguments, measured, largest_shard_mib, num_other / num_deltas)
+    if arguments.switch:
+        switched = run_worker("switch", arguments)
+        print(
+            f"\nin place, {switched['num_deltas']:,.0f} deltas: apply {switched['apply_s']:.2f} s, remove "
+            f"{switched['remove_s']:.2f} s (medians of {switched['rounds']:.0f}), base "
+            f"{'bit for bit as before' if switched['is_restored'] else 'CHANGED'}"
+        )
+        exit_code = exit_code if switched["is_restored"] else 1
+    return exit_code
+
+
+def run_worker(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """What a process of its own has measured."""
+    words = ["--folder", str(arguments.folder), "--max-shard-size", arguments.max_shard_size, "--worker", name]
+    ended = subprocess.run([sys.executable, __file__, *words], stdout=subprocess.PIPE, text=True, check=True)
+    measured: dict[str, Any] = json.loads(ended.stdout.splitlines()[-1])
+    return measured
 
 
 def make_adapter(folder: Path, shape: LlamaShape, density: float) -> None:
@@ -104,8 +125,40 @@ def make_adapter(folder: Path, shape: LlamaShape, density: float) -> None:
     save_supertuning(load_adapter(folder / "adapter"), folder / "adapter_peft", overwrite=True)
 
 
-def merge(name: str, folder: Path, max_shard_size: str) -> dict[str, float]:
+def switch(folder: Path) -> dict[str, float]:
+    """The adapter applied to and removed from a loaded model, several times."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.bfloat16)
+    before = checksum(model)
+    adapter = InPlaceAdapter(model, load_adapter(folder / "adapter"))
+    apply_s, remove_s = [], []
+    for _ in range(SWITCHES):
+        adapter.apply()
+        assert checksum(model) != before
+        adapter.remove()
+        apply_s.append(adapter.apply_s)
+        remove_s.append(adapter.remove_s)
+    return {
+        "num_deltas": sum(deltas.values.numel() for _, deltas in load_adapter(folder / "adapter").items()),
+        "apply_s": statistics.median(apply_s),
+        "remove_s": statistics.median(remove_s),
+        "rounds": SWITCHES,
+        "is_restored": checksum(model) == before,
+    }
+
+
+def checksum(model: torch.nn.Module) -> str:
+    """sha256 of every byte of the parameters."""
+    digest = hashlib.sha256()
+    for parameter in model.parameters():
+        digest.update(parameter.detach().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def merge(name: str, folder: Path, arguments: argparse.Namespace) -> dict[str, float]:
     """One merge in this process."""
+    max_shard_size = arguments.max_shard_size
     libraries = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     if name == "peft":
         from peft import PeftModel

@@ -48,7 +48,9 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-shard-size", default=MERGED_ONLY["max_shard_size"], help="merged: a number followed by KB, MB or GB"
     )
-    parser.add_argument("--tokenizer", type=Path, help="merged: folder of the tokenizer; default: the base")
+    parser.add_argument(
+        "--tokenizer", type=Path, help="merged: folder of the tokenizer; default: the run's, or the base"
+    )
     parser.add_argument("--verify", action="store_true", help="merged: compare with base + adapter on the same tokens")
     parser.add_argument(
         "--index-encoding",
@@ -101,7 +103,7 @@ def _write_merged(adapter: Adapter, arguments: argparse.Namespace) -> None:
         base_weights=arguments.base,
         dtype=arguments.dtype,
         max_shard_size=arguments.max_shard_size,
-        tokenizer=arguments.tokenizer,
+        tokenizer=arguments.tokenizer or _tokenizer_of_run(adapter.folder),
         device=device,
         allow_other_base=arguments.allow_other_base,
         overwrite=arguments.overwrite,
@@ -120,6 +122,13 @@ def _write_merged(adapter: Adapter, arguments: argparse.Namespace) -> None:
 
         revision = arguments.revision or (adapter.config.base.revision if arguments.base_model is None else None)
         print(verify_merged(written.folder, base, adapter, revision=revision, device=device).describe())
+
+
+def _tokenizer_of_run(adapter_folder: Path) -> Path | None:
+    """Beside the adapter or checkpoint of a run that has named its chat template; None: the base's will do."""
+    run = adapter_folder.resolve().parent
+    tokenizer = run / "tokenizer"
+    return tokenizer if tokenizer.is_dir() and (run / "resolved_config.json").is_file() else None
 
 
 def _write_peft(adapter: Adapter, arguments: argparse.Namespace) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from adapter_items import MakeAdapter, MakeBase
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sparse_ds.adapter.native import load_adapter
 from sparse_ds.cli import main
@@ -43,6 +43,22 @@ def test_native_with_short_indices_and_back(make_adapter: MakeAdapter, tmp_path:
     for file in ("adapter_config.json", "adapter_model.safetensors"):
         assert (tmp_path / "plain" / file).read_bytes() == (adapter / file).read_bytes()
     assert load_adapter(tmp_path / "short").stored.index_encoding == "delta"
+
+
+def test_the_chat_template_of_the_run_goes_along(
+    make_base: MakeBase, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    base, run = make_base(), tmp_path / "run"
+    run.mkdir()
+    (run / "resolved_config.json").write_text("{}")
+    make_adapter().rename(run / "adapter")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.chat_template = "of the run"
+    tokenizer.save_pretrained(run / "tokenizer")
+    assert export(run, tmp_path / "out", "--base-model", base) == 0
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == "of the run"
+    assert export(run, tmp_path / "other", "--base-model", base, "--tokenizer", base) == 0
+    assert AutoTokenizer.from_pretrained(tmp_path / "other").chat_template != "of the run"
 
 
 @pytest.mark.parametrize(
