@@ -48,9 +48,7 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-shard-size", default=MERGED_ONLY["max_shard_size"], help="merged: a number followed by KB, MB or GB"
     )
-    parser.add_argument(
-        "--tokenizer", type=Path, help="merged: folder of the tokenizer; default: the run's, or the base"
-    )
+    parser.add_argument("--tokenizer", type=Path, help="merged: its folder; default: the run's, or the base")
     parser.add_argument("--verify", action="store_true", help="merged: compare with base + adapter on the same tokens")
     parser.add_argument(
         "--index-encoding",

@@ -45,9 +45,7 @@ def test_native_with_short_indices_and_back(make_adapter: MakeAdapter, tmp_path:
     assert load_adapter(tmp_path / "short").stored.index_encoding == "delta"
 
 
-def test_the_chat_template_of_the_run_goes_along(
-    make_base: MakeBase, make_adapter: MakeAdapter, tmp_path: Path
-) -> None:
+def test_the_template_of_the_run_goes_along(make_base: MakeBase, make_adapter: MakeAdapter, tmp_path: Path) -> None:
     base, run = make_base(), tmp_path / "run"
     run.mkdir()
     (run / "resolved_config.json").write_text("{}")
