@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 
-import pyarrow  # type: ignore[import-untyped]
-import pyarrow.compute  # type: ignore[import-untyped]
+import pyarrow
+import pyarrow.compute
 from datasets import Dataset
 
 from sparse_ds.data.streaming import StreamedDataset

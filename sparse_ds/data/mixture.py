@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy
-import pyarrow.compute  # type: ignore[import-untyped]
+import pyarrow.compute
 import torch
 from datasets import Dataset, concatenate_datasets
 

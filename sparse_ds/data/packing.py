@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow.compute  # type: ignore[import-untyped]
+import pyarrow.compute
 from datasets import Dataset
 from torch.utils import data as torch_data
 

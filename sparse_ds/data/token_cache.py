@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
 import datasets
-import pyarrow  # type: ignore[import-untyped]
+import pyarrow
 from datasets import Dataset
 from pydantic import TypeAdapter
 from transformers import AddedToken

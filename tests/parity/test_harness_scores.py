@@ -1,4 +1,4 @@
-"""Our scores of local files against lm-evaluation-harness, where it is installed, and the tasks in configs/tasks."""
+"""Our scores of local files against lm-evaluation-harness, and the tasks in configs/tasks."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ import pytest
 from sparse_ds.config.errors import UserError
 from sparse_ds.evaluation.harness import HarnessTasks
 from sparse_ds.evaluation.offline import evaluate_saved
-
-pytest.importorskip("lm_eval", reason="lm_eval is not installed")
 
 TASKS = Path(__file__).resolve().parents[2] / "configs" / "tasks"
 CHOICE_YAML = """

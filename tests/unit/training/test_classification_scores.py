@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from sklearn import metrics
 from torch import Tensor
 
 from sparse_ds.training.classification_scores import LabelCounts, scores_of
@@ -58,7 +59,6 @@ def test_scores_are_those_of_all_samples_at_once(data: Any, num_labels: int, cou
 
 @given(st.data(), st.integers(2, 5), st.integers(1, 40))
 def test_scores_are_those_of_scikit_learn(data: Any, num_labels: int, count: int) -> None:
-    metrics = pytest.importorskip("sklearn.metrics")
     labels = st.lists(st.integers(0, num_labels - 1), min_size=count, max_size=count)
     predicted, actual = data.draw(labels), data.draw(labels)
     found = scores(torch.tensor(predicted), torch.tensor(actual), num_labels, 1)
