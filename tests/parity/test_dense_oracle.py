@@ -17,6 +17,8 @@ from dense_oracle import DenseOracle, Settings, Trace
 from oracle_cases import Material, Start, event_keys, largest_difference, run_config
 from tiny_llama_runs import FinishedRun, index_overlap, train, train_all, train_forked
 
+pytestmark = pytest.mark.slow
+
 SEED = 8
 
 LOSS_TOLERANCE = 1e-5
