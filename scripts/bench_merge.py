@@ -9,8 +9,8 @@ for three times `--size-gb`.
     ours     `sparse_ds.export.merged.merge_adapter`: the base is streamed
     peft     `PeftModel.from_pretrained(base, supertuning adapter).merge_and_unload().save_pretrained`
 
-Peak is the largest resident set of the whole process (`ru_maxrss`), Python and libraries included; `libraries` is what
-was resident before the merge began. Prints a table in markdown; the exit code is 1 if our peak is above the largest
+Peak is the largest resident set of the whole process (`VmHWM`), Python and libraries included; `libraries` is what was
+resident before the merge began. Prints a table in markdown; the exit code is 1 if our peak is above the largest
 shard + 512 MiB. Last it counts how many of the deltas give another bf16 weight in peft's model, which adds
 bf16(w) + bf16(value), than in ours, round(fp32 w + fp32 value). With `--switch` it also loads the base in plain
 transformers and times `InPlaceAdapter.apply` and `.remove`, and compares every bit of the base before and after.
@@ -23,7 +23,6 @@ import hashlib
 import json
 import os
 import platform
-import resource
 import shutil
 import statistics
 import subprocess
@@ -125,6 +124,12 @@ def make_adapter(folder: Path, shape: LlamaShape, density: float) -> None:
     save_supertuning(load_adapter(folder / "adapter"), folder / "adapter_peft", overwrite=True)
 
 
+def peak_mib() -> float:
+    """Of this process since its program began. (`ru_maxrss` begins with that of the process which started it.)"""
+    (line,) = [text for text in Path("/proc/self/status").read_text().splitlines() if text.startswith("VmHWM")]
+    return int(line.split()[1]) / 2**10
+
+
 def switch(folder: Path) -> dict[str, float]:
     """The adapter applied to and removed from a loaded model, several times."""
     from transformers import AutoModelForCausalLM
@@ -159,12 +164,12 @@ def checksum(model: torch.nn.Module) -> str:
 def merge(name: str, folder: Path, arguments: argparse.Namespace) -> dict[str, float]:
     """One merge in this process."""
     max_shard_size = arguments.max_shard_size
-    libraries = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    libraries = peak_mib()
     if name == "peft":
         from peft import PeftModel
         from transformers import AutoModelForCausalLM
 
-        libraries = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        libraries = peak_mib()
     begin = time.perf_counter()
     if name == "ours":
         merge_adapter(folder / "base", folder / "adapter", folder / "ours", max_shard_size=max_shard_size)
@@ -177,8 +182,8 @@ def merge(name: str, folder: Path, arguments: argparse.Namespace) -> dict[str, f
             os.fsync(file.fileno())
     return {
         "wall_s": time.perf_counter() - begin,
-        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10,
-        "libraries_mib": libraries / 2**10,
+        "peak_mib": peak_mib(),
+        "libraries_mib": libraries,
     }
 
 
