@@ -81,6 +81,18 @@ def remove_leftovers(parent: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
+def check_output_apart(output: Path, *sources: Path) -> None:
+    """Overwriting `output` must never delete what is being read.
+
+    Raises:
+        UserError: `output` is one of `sources` or holds one.
+    """
+    output = output.resolve()
+    for source in sources:
+        if source.resolve() == output or output in source.resolve().parents:
+            raise UserError(f"Output folder '{output}' holds '{source}', which is being read. Give another path.")
+
+
 def flush_to_disk(path: Path) -> None:
     """Return when the content of a file, or the list of files of a folder, would survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)

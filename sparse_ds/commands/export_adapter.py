@@ -15,7 +15,14 @@ if TYPE_CHECKING:
     from sparse_ds.adapter.native import IndexEncoding
 
 FORMATS = ("merged", "supertuning", "shira", "native")
-MERGED_ONLY = {"base": "dequantized", "dtype": "bfloat16", "max_shard_size": "5GB", "tokenizer": None, "verify": False}
+MERGED_ONLY = {
+    "revision": None,
+    "base": "dequantized",
+    "dtype": "bfloat16",
+    "max_shard_size": "5GB",
+    "tokenizer": None,
+    "verify": False,
+}
 """Options that only a merged model has, and their defaults."""
 
 
@@ -144,8 +151,10 @@ def _write_peft(adapter: Adapter, arguments: argparse.Namespace) -> None:
 def write_native(adapter: Adapter, output: Path, index_encoding: IndexEncoding, *, overwrite: bool) -> None:
     """Write `adapter` as this project does, and print what was written."""
     from sparse_ds.adapter.native import WEIGHTS_FILE, save_adapter
+    from sparse_ds.checkpoint.atomic_folder import check_output_apart
 
     config = adapter.config
+    check_output_apart(output, *adapter.sources)
     stored = save_adapter(
         output,
         ((name, deltas.indices, deltas.values) for name, deltas in adapter.items()),

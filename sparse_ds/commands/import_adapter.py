@@ -46,7 +46,7 @@ def _open(arguments: argparse.Namespace) -> Adapter:
     folder = Path(arguments.source)
     is_checkpoint = (folder / "config.json").is_file() and not (folder / CONFIG_FILE).is_file()
     if not is_checkpoint and folder.is_dir():
-        for option in ("density", "others"):
+        for option in ("density", "others", "revision"):
             if getattr(arguments, option) not in (None, "refuse"):
                 raise UserError(f"--{option} is of dense checkpoints, and '{folder}' holds an adapter. Leave it out.")
         return open_adapter(folder, base_model=arguments.base_model)

@@ -34,6 +34,7 @@ from transformers import (
 
 from sparse_ds.adapter.adapter import Adapter, Deltas, tensor_name
 from sparse_ds.adapter.opening import open_adapter
+from sparse_ds.checkpoint.atomic_folder import check_output_apart
 from sparse_ds.config.errors import UserError
 from sparse_ds.export.checkpoint_writer import DTYPES, WrittenCheckpoint, write_checkpoint
 from sparse_ds.export.classifier import classifier_config
@@ -128,7 +129,7 @@ def merge_adapter(
         _check_same_weights(adapter, checkpoint)
     if base_weights == "original":
         _check_has_original(adapter, checkpoint)
-    _check_output_apart(Path(output), checkpoint.folder, *adapter.sources)
+    check_output_apart(Path(output), checkpoint.folder, *adapter.sources)
     with ProgressBytes("merging", checkpoint.size_bytes, enabled=show_progress) as progress:
         merge = _Merge(checkpoint, layout, adapter, base_weights, device, progress)
         written = write_checkpoint(
@@ -273,11 +274,3 @@ def _check_has_original(adapter: Adapter, checkpoint: BaseCheckpoint) -> None:
             f"Base '{checkpoint.folder}' holds '{stored[0]}' in NF4 ({len(stored)} matrices are): it has no original "
             "weights. Give the 16-bit checkpoint, or merge into the dequantized weights."
         )
-
-
-def _check_output_apart(output: Path, *sources: Path) -> None:
-    """Overwriting `output` must never delete what is being read."""
-    output = output.resolve()
-    for source in sources:
-        if source.resolve() == output or output in source.resolve().parents:
-            raise UserError(f"Output folder '{output}' holds '{source}', which is being read. Give another path.")

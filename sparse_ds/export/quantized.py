@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparse_ds.checkpoint.atomic_folder import check_output_apart
 from sparse_ds.config.errors import UserError
 from sparse_ds.export.checkpoint_writer import DTYPES, WrittenCheckpoint, write_checkpoint
 from sparse_ds.kernels.nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE, nf4_code, nf4_sizes, quantize_nf4, scale_code
@@ -64,6 +65,7 @@ def write_nf4_checkpoint(
         RuntimeError: not enough room on the disk, or writing failed; nothing is left behind.
     """
     checkpoint = BaseCheckpoint(find_base_model(str(base), revision))
+    check_output_apart(Path(output), checkpoint.folder)
     if is_bitsandbytes_nf4(checkpoint.config.get("quantization_config") or {}):
         raise UserError(f"'{checkpoint.folder}' is in NF4 already; give a 16-bit checkpoint.")
     settings = BaseSettings(DTYPES[dtype], nf4=True, double_quantization=double_quantization, attention="eager")

@@ -30,7 +30,7 @@ from torch import Tensor
 from sparse_ds.adapter.adapter import Adapter, AdapterConfig, Deltas
 from sparse_ds.adapter.peft_formats.model_card import peft_model_card
 from sparse_ds.adapter.valid_deltas import deltas_problem, dense_problem
-from sparse_ds.checkpoint.atomic_folder import atomic_folder
+from sparse_ds.checkpoint.atomic_folder import atomic_folder, check_output_apart
 from sparse_ds.checkpoint.tensor_file import TensorFile, TensorSpec
 from sparse_ds.config.errors import UserError
 from sparse_ds.embedded import resolve_model
@@ -143,8 +143,7 @@ def write_peft_folder(
         RuntimeError: the files could not be written (disk full); nothing is left behind.
     """
     output, config = Path(output), adapter.config
-    if output.resolve() in (adapter.folder.resolve(), *adapter.folder.resolve().parents):
-        raise UserError(f"Output folder '{output}' holds '{adapter.folder}', which is being read. Give another path.")
+    check_output_apart(output, *adapter.sources)
     _check_no_vectors(config, peft_format.peft_type)
     peft_format.check(config)
     with atomic_folder(output, marker=CONFIG_FILE, overwrite=overwrite) as partial:

@@ -50,6 +50,8 @@ def test_the_difference_of_two_checkpoints(
     assert "name the base that it was made from with --base-model" in capsys.readouterr().err
     assert run("import", adapter, tmp_path / "none", "--density", "0.05") == 2
     assert "--density is of dense checkpoints" in capsys.readouterr().err
+    assert run("import", adapter, tmp_path / "none", "--revision", "main") == 2
+    assert "--revision is of dense checkpoints" in capsys.readouterr().err
 
 
 def test_merge_prints_the_overlap_and_writes_any_format(
@@ -70,8 +72,11 @@ def test_merge_prints_the_overlap_and_writes_any_format(
     AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     assert run("merge", one, tmp_path / "two", "--method", "ties", "--output", tmp_path / "x") == 2
     assert "Merging by 'ties': it needs a density" in capsys.readouterr().err
-    assert run(*words, "--output", one, "--base-model", base, "--overwrite") == 2
-    assert "which is being read" in capsys.readouterr().err
+    for source in (one, tmp_path / "two"):
+        for written in ("merged", "native", "supertuning"):
+            given = ["--output", source, "--base-model", base, "--format", written, "--overwrite"]
+            assert run(*words, *given) == 2
+            assert "which is being read" in capsys.readouterr().err
 
 
 def test_one_model_for_two_tasks(

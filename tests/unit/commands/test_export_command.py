@@ -63,6 +63,7 @@ def test_the_template_of_the_run_goes_along(make_base: MakeBase, make_adapter: M
     ("words", "message"),
     [
         (["--format", "native", "--verify"], "--verify has no effect with --format native"),
+        (["--format", "native", "--revision", "main"], "--revision has no effect with --format native"),
         (["--format", "native", "--max-shard-size", "1GB"], "--max-shard-size has no effect with --format native"),
         (["--index-encoding", "delta"], "--index-encoding has no effect with --format merged"),
         (["--base-model", "no/such/folder"], "no/such/folder"),

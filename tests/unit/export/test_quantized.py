@@ -115,6 +115,8 @@ def test_the_command(make_base: MakeBase, tmp_path: Path, capsys: pytest.Capture
     assert BaseCheckpoint(tmp_path / "nf4").config["quantization_config"]["bnb_4bit_use_double_quant"] is True
     assert main(["quantize", str(tmp_path / "nf4"), str(tmp_path / "again"), "--device", "cpu"]) == 2
     assert "is in NF4 already; give a 16-bit checkpoint" in capsys.readouterr().err
+    assert main(["quantize", str(base), str(base), "--device", "cpu", "--overwrite"]) == 2
+    assert "which is being read" in capsys.readouterr().err
     assert main(["quantize", str(base), str(tmp_path / "nf4"), "--device", "cpu"]) == 2
     assert "already exists and is not empty" in capsys.readouterr().err
     assert not (tmp_path / "again").exists()
