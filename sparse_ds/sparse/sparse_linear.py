@@ -102,6 +102,9 @@ class SparseLinear(nn.Module):
         """[K] of the gathered indices."""
         return self.indices.data[: self.num_active]
 
+    def indices_changed(self) -> None:
+        """Drop what is cached about the indices; called by everything that writes them."""
+
     @contextmanager
     def merged_weight(self) -> Iterator[Tensor]:
         """Within the context: W' [O, I]. Parameters must be gathered. A dense base is edited and restored."""
