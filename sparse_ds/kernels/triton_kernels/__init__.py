@@ -118,6 +118,7 @@ def dequantize_with_deltas(
     *,
     shape: tuple[int, int],
     dtype: torch.dtype,
+    begins: Tensor | None = None,
 ) -> Tensor:
     """`kernels.nf4.dequantize_nf4` and then the deltas put in, the same bits, in one pass over the matrix.
 
@@ -127,10 +128,18 @@ def dequantize_with_deltas(
         values_K: [K] fp32.
         shape: (O, I).
         dtype: of the result.
+        begins: `tile_begins(indices_K, O * I)`, where it was kept.
 
     Returns:
         A new contiguous tensor [O, I].
     """
     from sparse_ds.kernels.triton_kernels.dequantize import dequantize_with_deltas as launch
 
-    return launch(packed, absmax, nested_statistics, indices_K, values_K, shape=shape, dtype=dtype)
+    return launch(packed, absmax, nested_statistics, indices_K, values_K, shape=shape, dtype=dtype, begins=begins)
+
+
+def tile_begins(indices_K: Tensor, num_weights: int) -> Tensor:
+    """What `dequantize_with_deltas` needs to know of the indices: 1 byte per 1024 weights, valid until they change."""
+    from sparse_ds.kernels.triton_kernels.dequantize import tile_begins as find
+
+    return find(indices_K, num_weights)
