@@ -36,8 +36,10 @@ def _scale(absmax, nested, scale_codes, block, mask, num_nested, NESTED: tl.cons
         code = tl.load(absmax + block, mask=mask, other=0).to(tl.int32)
         share = tl.load(scale_codes + code)
         scale = share * tl.load(nested + block // NESTED_BLOCK_SIZE, mask=mask, other=0.0)
-        return scale + tl.load(nested + num_nested - 1)
-    return tl.load(absmax + block, mask=mask, other=0.0)
+        scale += tl.load(nested + num_nested - 1)
+    else:
+        scale = tl.load(absmax + block, mask=mask, other=0.0)
+    return scale
 
 
 @triton.jit
@@ -52,6 +54,7 @@ def dequantize_kernel(
     values,
     dense,
     num_weights,
+    num_bytes,
     num_nested,
     NESTED: tl.constexpr,
     HAS_DELTAS: tl.constexpr,
@@ -67,16 +70,16 @@ def dequantize_kernel(
     dtype = dense.dtype.element_ty
     for part in tl.static_range(TILE // PART):
         begin = start + part * PART
-        byte = begin // 2 + tl.arange(0, PART // 2)
-        # The two weights of a byte are always in one quantization block; the last byte may hold only one.
-        in_matrix = byte * 2 < num_weights
-        two = tl.load(packed + byte, mask=in_matrix, other=0).to(tl.int32)
+        # [blocks, bytes of a block]: one scale a row. The last byte of the matrix may hold one weight only.
+        block = begin // BLOCK_SIZE + tl.arange(0, PART // BLOCK_SIZE)
         scale = _scale(
-            absmax, nested, scale_codes, byte // (BLOCK_SIZE // 2), in_matrix, num_nested, NESTED, NESTED_BLOCK_SIZE
+            absmax, nested, scale_codes, block, block * BLOCK_SIZE < num_weights, num_nested, NESTED, NESTED_BLOCK_SIZE
         )
-        first = rounded(tl.load(codes + (two >> 4)) * scale, dtype, INTERPRETED)
-        second = rounded(tl.load(codes + (two & 15)) * scale, dtype, INTERPRETED)
-        weight = begin + tl.arange(0, PART)
+        byte = (block * (BLOCK_SIZE // 2))[:, None] + tl.arange(0, BLOCK_SIZE // 2)[None, :]
+        two = tl.load(packed + byte, mask=byte < num_bytes, other=0).to(tl.int32)
+        first = rounded(tl.load(codes + (two >> 4)) * scale[:, None], dtype, INTERPRETED)
+        second = rounded(tl.load(codes + (two & 15)) * scale[:, None], dtype, INTERPRETED)
+        weight = (block * BLOCK_SIZE)[:, None] + tl.arange(0, BLOCK_SIZE)[None, :]
         tl.store(dense + weight, tl.interleave(first, second), mask=weight < num_weights)
     if HAS_DELTAS:
         first_delta = tl.load(tile_begins + tile)
@@ -87,12 +90,12 @@ def dequantize_kernel(
                 k = chunk + tl.arange(0, DELTAS)
                 mask = k < end
                 index = tl.load(indices + k, mask=mask, other=0).to(tl.int64)
-                two = tl.load(packed + index // 2, mask=mask, other=0).to(tl.int32)
-                four_bits = tl.where(index % 2 == 0, two >> 4, two & 15)
-                scale = _scale(
+                pair = tl.load(packed + index // 2, mask=mask, other=0).to(tl.int32)
+                four_bits = tl.where(index % 2 == 0, pair >> 4, pair & 15)
+                its_scale = _scale(
                     absmax, nested, scale_codes, index // BLOCK_SIZE, mask, num_nested, NESTED, NESTED_BLOCK_SIZE
                 )
-                base = rounded(tl.load(codes + four_bits) * scale, dtype, INTERPRETED)
+                base = rounded(tl.load(codes + four_bits) * its_scale, dtype, INTERPRETED)
                 merged = base.to(tl.float32) + tl.load(values + k, mask=mask, other=0.0)
                 tl.store(dense + index, rounded(merged, dtype, INTERPRETED), mask=mask)
 
@@ -138,6 +141,7 @@ def dequantize_with_deltas(
         values_K,
         dense_OI,
         num_weights,
+        packed.numel(),
         nested_statistics.numel() if nested_statistics is not None else 0,
         NESTED=nested,
         HAS_DELTAS=indices_K.numel() > 0,

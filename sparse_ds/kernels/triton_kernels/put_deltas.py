@@ -21,12 +21,14 @@ VALUES_PER_PROGRAM = 1024
 def _weight_position(positions, k, mask, num_cols, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
     """Flat position in the weight of value `k`."""
     if BLOCK_ROWS * BLOCK_COLS == 1:
-        return tl.load(positions + k, mask=mask, other=0)
-    block = tl.load(positions + k // (BLOCK_ROWS * BLOCK_COLS), mask=mask, other=0).to(tl.int64)
-    inside = k % (BLOCK_ROWS * BLOCK_COLS)
-    blocks_per_row = num_cols // BLOCK_COLS
-    row = block // blocks_per_row * BLOCK_ROWS + inside // BLOCK_COLS
-    return row * num_cols + block % blocks_per_row * BLOCK_COLS + inside % BLOCK_COLS
+        position = tl.load(positions + k, mask=mask, other=0)
+    else:
+        block = tl.load(positions + k // (BLOCK_ROWS * BLOCK_COLS), mask=mask, other=0).to(tl.int64)
+        inside = k % (BLOCK_ROWS * BLOCK_COLS)
+        blocks_per_row = num_cols // BLOCK_COLS
+        row = block // blocks_per_row * BLOCK_ROWS + inside // BLOCK_COLS
+        position = row * num_cols + block % blocks_per_row * BLOCK_COLS + inside % BLOCK_COLS
+    return position
 
 
 @triton.jit
@@ -86,6 +88,7 @@ def put_deltas_(weight_OI: Tensor, indices_K: Tensor, values_K: Tensor, block_ro
             BLOCK_COLS=block_cols,
             VALUES=VALUES_PER_PROGRAM,
             INTERPRETED=INTERPRETED,
+            enable_fp_fusion=False,
         )
     return saved_K
 
@@ -105,4 +108,5 @@ def put_back_(weight_OI: Tensor, indices_K: Tensor, saved_K: Tensor, block_rows:
             BLOCK_ROWS=block_rows,
             BLOCK_COLS=block_cols,
             VALUES=VALUES_PER_PROGRAM,
+            enable_fp_fusion=False,
         )

@@ -17,5 +17,7 @@ def rounded(x, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
         # The interpreter's own conversion to bf16 cuts off the last 16 bits.
         bits = x.to(tl.uint32, bitcast=True)
         bits = bits + 0x7FFF + ((bits >> 16) & 1)
-        return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    return x.to(dtype)
+        result = (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        result = x.to(dtype)
+    return result
