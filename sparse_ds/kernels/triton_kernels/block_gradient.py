@@ -130,9 +130,7 @@ class Tiling:
     num_stages: int
 
 
-def tiling(
-    num_blocks: int, num_rows: int, block_rows: int, block_cols: int, dtype: torch.dtype
-) -> Tiling:
+def tiling(num_blocks: int, num_rows: int, block_rows: int, block_cols: int, dtype: torch.dtype) -> Tiling:
     """Sizes by the number of blocks and rows: only shapes decide, nothing is read from the device.
 
     Columns of X per program: 128 where that makes enough programs, else 64. Window: the rows that a group is expected
