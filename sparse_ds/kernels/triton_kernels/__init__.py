@@ -100,9 +100,7 @@ def put_deltas_(
     return launch(weight_OI, indices_K, values_K, block_rows, block_cols)
 
 
-def put_back_(
-    weight_OI: Tensor, indices_K: Tensor, saved_K: Tensor, block_rows: int = 1, block_cols: int = 1
-) -> None:
+def put_back_(weight_OI: Tensor, indices_K: Tensor, saved_K: Tensor, block_rows: int = 1, block_cols: int = 1) -> None:
     """Write the weights that `put_deltas_` returned where they were."""
     from sparse_ds.kernels.triton_kernels.put_deltas import put_back_ as launch
 
