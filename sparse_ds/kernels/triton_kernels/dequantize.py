@@ -11,6 +11,7 @@ weight is dequantized again from the four bits (which are in the cache), not rea
 The fp32 operations are rounded one by one: no fused multiply-add (`enable_fp_fusion=False`).
 """
 
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
 from __future__ import annotations
 
 import torch
