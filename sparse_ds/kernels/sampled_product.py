@@ -30,7 +30,7 @@ def sampled_values_gradient(operands: ProductOperands, indices_K: Tensor) -> Ten
 
     Memory: the transposes (on a GPU that of the input), and 8 bytes per value.
     """
-    if operands.input_TI.is_cuda:
+    if triton_kernels.available(operands.input_TI):
         return triton_kernels.sampled_gradient(operands.grad_output_TO.contiguous(), operands.input_IT, indices_K)
     rows_K = indices_K // operands.num_cols
     cols_K = indices_K - rows_K * operands.num_cols

@@ -33,6 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+from sparse_ds.kernels import triton_kernels
 from sparse_ds.kernels.apply_deltas import apply_deltas_, deltas_applied, hidden_counts
 from sparse_ds.kernels.crossover import AUTO, PathChoice
 from sparse_ds.kernels.nf4 import dequantize_nf4
@@ -85,6 +86,7 @@ class SparseLinear(nn.Module):
         self.path_choice: PathChoice = AUTO
         """How the gradient of the values is computed."""
         self._row_boundaries: dict[int, list[int]] = {}
+        self._tile_begins: Tensor | None = None
         for name in ("weight", "packed", "absmax", "nested_statistics", "indices", "values"):
             self.register_parameter(name, tensors.get(name))
         if sparse_bias is None:
@@ -112,6 +114,7 @@ class SparseLinear(nn.Module):
     def indices_changed(self) -> None:
         """To be called after every change of `indices` or `num_active`: what is known about them is dropped."""
         self._row_boundaries.clear()
+        self._tile_begins = None
 
     def row_boundaries(self, rows_per_block: int) -> list[int]:
         """`SparseLayout.row_boundaries` of the active indices, which must be gathered if they are not known yet.
@@ -125,21 +128,30 @@ class SparseLinear(nn.Module):
     @contextmanager
     def merged_weight(self) -> Iterator[Tensor]:
         """Within the context: W' [O, I]. Parameters must be gathered. A dense base is edited and restored."""
-        shape = (self.layout.num_rows, self.layout.num_cols)
         indices_K, values_K = self.active_indices, self.values.data[: self.num_active]
         if self.packed is not None:
-            assert self.absmax is not None
-            nested = None if self.nested_statistics is None else self.nested_statistics.data
-            weight_OI = dequantize_nf4(
-                self.packed.data, self.absmax.data, nested, shape=shape, dtype=self.compute_dtype
-            )
-            self._note_hidden(weight_OI, indices_K, values_K)
-            yield apply_deltas_(weight_OI, indices_K, values_K)
+            yield self._dequantized(indices_K, values_K)
         else:
             assert self.weight is not None
             self._note_hidden(self.weight.data, indices_K, values_K)
             with deltas_applied(self.weight.data, indices_K, values_K) as weight_OI:
                 yield weight_OI
+
+    def _dequantized(self, indices_K: Tensor, values_K: Tensor) -> Tensor:
+        """W' [O, I] of a 4-bit base, a new tensor."""
+        assert self.packed is not None and self.absmax is not None
+        shape, dtype = (self.layout.num_rows, self.layout.num_cols), self.compute_dtype
+        nested = None if self.nested_statistics is None else self.nested_statistics.data
+        stored = self.packed.data, self.absmax.data, nested
+        if triton_kernels.available(self.packed) and not self.count_hidden:
+            if self._tile_begins is None:
+                self._tile_begins = triton_kernels.tile_begins(indices_K, self.layout.num_elements)
+            return triton_kernels.dequantize_with_deltas(
+                *stored, indices_K, values_K, shape=shape, dtype=dtype, begins=self._tile_begins
+            )
+        weight_OI = dequantize_nf4(*stored, shape=shape, dtype=dtype)
+        self._note_hidden(weight_OI, indices_K, values_K)
+        return apply_deltas_(weight_OI, indices_K, values_K)
 
     def _note_hidden(self, weight_OI: Tensor, indices_K: Tensor, values_K: Tensor) -> None:
         if self.count_hidden:
