@@ -21,14 +21,16 @@ from bench_base import TARGETS, FrozenBase, move_buffers
 from peft import LoraConfig, ShiraConfig, SupertuningConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn import Parameter
-from transformers import PreTrainedModel
 from whole_parameters import FlatValues, WholeParameters, put_base
 
 from sparse_ds.config.schema import RunConfig
-from sparse_ds.drop_grow.event import Seeds
+from sparse_ds.distributed.born_partitioned import PartitionedParameters
+from sparse_ds.distributed.zero3_partitions import MasterWeights
+from sparse_ds.drop_grow.estimation import EstimationPhase
+from sparse_ds.drop_grow.event import DropAndGrow, Seeds
 from sparse_ds.drop_grow.weight_states import WeightStates
 from sparse_ds.model.base_tensors import BaseSettings
-from sparse_ds.model.build import SparseSettings, build_sparse_model, plan_layouts
+from sparse_ds.model.build import BaseParameters, SparseSettings, build_sparse_model, plan_layouts
 from sparse_ds.optim.sm3 import SparseSM3
 from sparse_ds.optim.sparse_adamw import SparseAdamW
 from sparse_ds.sparse.sparse_linear import SparseLinear
@@ -41,6 +43,9 @@ ROWS = ("floor", *OURS, *PEFT, "full")
 NOT_IN_NF4 = {"shira": "peft has none over 4 bits", "supertuning": "peft has none over 4 bits", "full": "not frozen"}
 
 Batch = dict[str, Any]
+
+STEP, FIRST_ESTIMATION, ESTIMATION, EVENT = "step", "first estimation step", "estimation step", "event"
+"""What a row measures."""
 
 
 class Row:
@@ -70,7 +75,7 @@ class Row:
 
     def measured(self, batch: Batch) -> dict[str, Callable[[], Any]]:
         """What is timed, by name, in this order, each time from the state that the one before has left."""
-        return {"step": lambda: self.step(batch)}
+        return {STEP: lambda: self.step(batch)}
 
 
 class Floor(Row):
@@ -103,38 +108,47 @@ class _BeginGraph(torch.autograd.Function):
 
 
 class Sparse(Row):
-    """One of the project's methods."""
+    """One of the project's methods; who makes the model calls `bind`.
 
-    def __init__(
+    Attributes:
+        config: of a run with this method.
+        layers: the sparse layers by name.
+        estimation, drop_and_grow: None for a method without.
+    """
+
+    layers: dict[str, SparseLinear]
+    optimizer: SparseSM3 | SparseAdamW
+    estimation: EstimationPhase | None
+    drop_and_grow: DropAndGrow | None
+
+    def build(
         self, name: str, base: FrozenBase, density: float, *, checkpointing: bool, settings: dict[str, Any]
-    ) -> None:
+    ) -> BaseParameters:
+        """Make the model, with parameters of `make_parameters`; returns those of the base, which are to be filled."""
         model = base.empty_model(checkpointing=checkpointing)
         self.config = run_config(name, base, density, settings)
         sparse = SparseSettings(self.config.method.target_modules, density, self.config.train.seed)
         layouts = plan_layouts(model, sparse)
-        made = build_sparse_model(model, layouts, base_settings(base), sparse, WholeParameters())
-        put_base(made, base.tensors)
+        made = build_sparse_model(model, layouts, base_settings(base), sparse, self.make_parameters())
         move_buffers(model, base.device)
         self.layers = {name: each for name, each in model.named_modules() if isinstance(each, SparseLinear)}
         super().__init__(name, density, sum(layer.num_active for layer in self.layers.values()), model)
-        self.values = FlatValues([layer.values for layer in self.layers.values()])
-        self.optimizer = make_optimizer(self.config, [self.values.flat])
-        assert isinstance(self.optimizer, SparseSM3 | SparseAdamW)
-        bind_optimizer(self.optimizer, self.layers, self.values.master)
-        self.estimation = make_estimation(self.config, self.layers, base.device)
-        self.drop_and_grow = None
-        if name != "sparta":
-            states = WeightStates(self.optimizer, self.values.master.flats, keeps_event_values=False)
-            self.drop_and_grow = make_drop_and_grow(
-                self.config, self.optimizer, self.layers, self.values.master, states, self.estimation, base.device
-            )
-        self.num_events = 0
+        return made
 
-    def update(self) -> None:
-        self.optimizer.step()
-        if isinstance(self.optimizer, SparseSM3):
-            self.optimizer.finish_step()
-        self.values.zero_grad()
+    def make_parameters(self) -> PartitionedParameters:
+        raise NotImplementedError
+
+    def bind(self, optimizer: torch.optim.Optimizer, master: MasterWeights, device: torch.device) -> None:
+        """Once the optimizer and the master weights are there."""
+        assert isinstance(optimizer, SparseSM3 | SparseAdamW)
+        self.optimizer, self.num_events = optimizer, 0
+        bind_optimizer(optimizer, self.layers, master)
+        self.estimation, self.drop_and_grow = make_estimation(self.config, self.layers, device), None
+        if self.name != "sparta":
+            states = WeightStates(optimizer, master.flats, keeps_event_values=False)
+            self.drop_and_grow = make_drop_and_grow(
+                self.config, optimizer, self.layers, master, states, self.estimation, device
+            )
 
     def estimation_step(self, batch: Batch) -> None:
         """A step that also measures; the first after an event finds the candidates."""
@@ -144,7 +158,7 @@ class Sparse(Row):
         self.estimation.end_step(1.0)
 
     def event(self) -> None:
-        """One that replaces as many weights as the first after the beginning: a share of `initial_drop_fraction`."""
+        """One that replaces as many weights as an early one of a run: the share `initial_drop_fraction`."""
         assert self.drop_and_grow is not None
         self.num_events += 1
         fraction = self.config.method.initial_drop_fraction
@@ -157,11 +171,31 @@ class Sparse(Row):
     def measured(self, batch: Batch) -> dict[str, Callable[[], Any]]:
         found = super().measured(batch)
         if self.estimation is not None:
-            found["first estimation step"] = lambda: self.estimation_step(batch)
-            found["estimation step"] = lambda: self.estimation_step(batch)
+            found[FIRST_ESTIMATION] = lambda: self.estimation_step(batch)
+            found[ESTIMATION] = lambda: self.estimation_step(batch)
         if self.drop_and_grow is not None:
-            found["event"] = self.event
+            found[EVENT] = self.event
         return found
+
+
+class WholeSparse(Sparse):
+    """Without ZeRO."""
+
+    def __init__(
+        self, name: str, base: FrozenBase, density: float, *, checkpointing: bool, settings: dict[str, Any]
+    ) -> None:
+        put_base(self.build(name, base, density, checkpointing=checkpointing, settings=settings), base.tensors)
+        self.values = FlatValues([layer.values for layer in self.layers.values()])
+        self.bind(make_optimizer(self.config, [self.values.flat]), self.values.master, base.device)
+
+    def make_parameters(self) -> PartitionedParameters:
+        return WholeParameters()
+
+    def update(self) -> None:
+        self.optimizer.step()
+        if isinstance(self.optimizer, SparseSM3):
+            self.optimizer.finish_step()
+        self.values.zero_grad()
 
 
 class Peft(Row):
@@ -275,7 +309,7 @@ def make_row(
     if name == "full":
         return Full(base, checkpointing=checkpointing)
     if name in OURS:
-        return Sparse(name, base, density, checkpointing=checkpointing, settings=settings or {})
+        return WholeSparse(name, base, density, checkpointing=checkpointing, settings=settings or {})
     return Peft(name, base, density, checkpointing=checkpointing, adapter_dtype=adapter_dtype)
 
 
