@@ -279,7 +279,9 @@ def base_settings(base: FrozenBase) -> BaseSettings:
     return BaseSettings(base.dtype, base.nf4, double_quantization=False, attention="auto")
 
 
-def run_config(name: str, base: FrozenBase, density: float, settings: dict[str, Any]) -> RunConfig:
+def run_config(
+    name: str, base: FrozenBase, density: float, settings: dict[str, Any], deepspeed: dict[str, Any] | None = None
+) -> RunConfig:
     """The configuration of a run with this method; `settings`: more values of its `method` section."""
     return RunConfig.model_validate(
         {
@@ -287,9 +289,10 @@ def run_config(name: str, base: FrozenBase, density: float, settings: dict[str, 
                 "dtype": str(base.dtype).removeprefix("torch."),
                 "quantization": "nf4" if base.nf4 else "none",
             },
-            "method": {"name": name, "density": density, **settings},
+            "method": {"name": name, **({} if name == "full" else {"density": density}), **settings},
             "optimizer": {"learning_rate": LEARNING_RATE},
             "train": {"output_dir": "unused"},
+            "deepspeed": deepspeed or {},
         }
     )
 

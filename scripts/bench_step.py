@@ -39,7 +39,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 import torch.distributed
 from bench_base import SHAPES, FrozenBase, random_base, random_batch, shape_of
-from bench_rows import NOT_IN_NF4, ROWS, Row, make_row
+from bench_rows import NOT_IN_NF4, OURS, ROWS, Row, make_row
 from interleaved import LABELS, describe_machine, machine_line, table, time_in_turns
 
 from sparse_ds.distributed import process_group
@@ -140,7 +140,7 @@ def make_rows(arguments: argparse.Namespace, base: FrozenBase) -> list[Row]:
         from zero3_rows import ZERO3_ROWS, make_engine_row
 
         make = make_engine_row
-        names = [name for name in names if name in ZERO3_ROWS]
+        names = [name for name in names if name in (OURS if base.nf4 else ZERO3_ROWS)]
     options: dict[str, Any] = {
         "checkpointing": arguments.checkpointing,
         "settings": method_settings(arguments.set),
@@ -178,11 +178,12 @@ def waiting(device: torch.device) -> Callable[[], None]:
 
 def describe(arguments: argparse.Namespace) -> str:
     micro_batch_size, sequence_length = arguments.tokens
+    adapters = "base" if arguments.zero3 else arguments.adapter_dtype
     ranks = f"ZeRO-3 on {process_group.world_size()} rank(s)" if arguments.zero3 else "no partitioning"
     return (
         f"{arguments.shape}, {arguments.layers or 'all'} layers, {micro_batch_size} x {sequence_length} tokens, "
         f"{arguments.dtype}, checkpointing {'on' if arguments.checkpointing else 'off'}, {ranks}, "
-        f"{arguments.device}, peft's weights {arguments.adapter_dtype}, {arguments.rounds} rounds"
+        f"{arguments.device}, peft's weights {adapters}, {arguments.rounds} rounds"
     )
 
 

@@ -30,14 +30,18 @@ class WholeParameters(PartitionedParameters):
         return parameter
 
 
+def give_partition(parameter: Parameter, partition: Tensor) -> None:
+    """Make `partition` (flat, of the size and dtype of the one before) this rank's slice of a ZeRO-3 parameter."""
+    given = partition.detach().view(-1)
+    for name in ("ds_numel", "status", "final_location"):
+        setattr(given, name, getattr(parameter.ds_tensor, name))
+    parameter.ds_tensor = given
+
+
 def hold(parameter: Parameter, content: Tensor) -> None:
     """Make `content` (as many elements, same dtype) both the partition and the data of a parameter."""
-    old = parameter.ds_tensor
-    partition = content.detach().view(-1)
-    for name in ("ds_numel", "status", "final_location"):
-        setattr(partition, name, getattr(old, name))
-    parameter.ds_tensor = partition
-    parameter.data = partition.view(parameter.ds_shape)
+    give_partition(parameter, content)
+    parameter.data = parameter.ds_tensor.view(parameter.ds_shape)
 
 
 class FlatValues:
