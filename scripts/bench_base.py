@@ -64,7 +64,7 @@ class FrozenBase:
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=self.dtype)
         model.train()
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.activation_checkpointing_enable({"use_reentrant": False})
         return model
 
     def fill(self, model: nn.Module) -> None:
