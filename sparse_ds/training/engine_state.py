@@ -99,6 +99,7 @@ class EngineState:
         self._check_counters(checkpoint, counters)
         for name, layer in self.layers.items():
             layer.num_active = counters.num_active[name]
+            layer.indices_changed()
         names: set[str] = set()
         if isinstance(self.optimizer, SparseSM3):
             for name in self.optimizer.accumulator_names:
@@ -113,6 +114,8 @@ class EngineState:
         states = self._states()
         items = self._items(states, step)
         restore_items(items, checkpoint)
+        for layer in self.layers.values():
+            layer.indices_changed()
         if self.weight_states is not None:
             self.weight_states.write(dict(states))
         return names | {item.name for item in items}
