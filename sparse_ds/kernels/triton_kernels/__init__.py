@@ -124,7 +124,7 @@ def dequantize_with_deltas(
     Args:
         packed, absmax, nested_statistics: as in `kernels.nf4`.
         indices_K: [K] flat row-major positions, ascending, unique, int32 or int64.
-        values_K: [K] fp32.
+        values_K: [K] fp32. Or [U, n] of strips, as in `put_deltas_`, in any order; they are put in by a second kernel.
         shape: (O, I).
         dtype: of the result.
         begins: `tile_begins(indices_K, O * I)`, where it was kept.
