@@ -330,6 +330,10 @@ class MonitorConfig(_Section):
     """Write a `step` line to metrics.jsonl after every so many optimizer steps, 1 or more."""
     progress_bar: bool = True
     """Show a progress bar on rank 0."""
+    peak_tflops: Annotated[float, Field(gt=0)] | None = None
+    """What one rank's device can do at best, in 10^12 operations a second, above 0: of it `mfu` and `hfu` are shares.
+    null: from a table of data sheets (A100, H100, H200 and some more, by `model.dtype`); they are left out where the
+    device is not in it, as no CPU is."""
     report_to: list[Tracker] = []
     """Trackers of transformers to report to; each needs its package."""
     num_sample_prompts: Annotated[int, Field(ge=0)] = 1

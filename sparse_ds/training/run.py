@@ -43,6 +43,7 @@ from sparse_ds.model.base_checkpoint import BaseCheckpoint
 from sparse_ds.model.build import read_architecture
 from sparse_ds.model.classification_head import Classification, find_label_word_ids
 from sparse_ds.model.find_base_model import find_base_model, require_same_base
+from sparse_ds.model.flops import count_flops
 from sparse_ds.model.kinds import check_task
 from sparse_ds.model.tokenizer import load_tokenizer
 from sparse_ds.monitor.metrics_log import MetricsLog, drop_records_after
@@ -73,6 +74,7 @@ from sparse_ds.training.setup import (
     EventSchedule,
     PreparedModel,
     bind_optimizer,
+    find_peak_tflops,
     make_drop_and_grow,
     make_estimation,
     make_optimizer,
@@ -255,11 +257,13 @@ class _Training:
             self.tasks = ScoreTasks(
                 self.scorers, lambda: self.trainer, self.log, arguments.per_device_eval_batch_size, self.device
             )
+        flops = count_flops(self.prepared.model)
         trainer = SparseTrainer(
             make_optimizer=lambda parameters: make_optimizer(config, parameters),
             sampler=sampler,
             heldout=self.data.eval,
             collate_heldout=self.data.collator,
+            count_pairs=flops.count_pairs,
             on_save=self._save_checkpoint,
             on_restore_generators=lambda: self.progress.restore_generators(),
             model=self.prepared.model,
@@ -278,7 +282,7 @@ class _Training:
             compute_loss_func=None if self.prepared.classification is None else classification_loss,
         )
         trainer.remove_callback(PrinterCallback)
-        self.metrics = WriteMetrics(trainer, self.log)
+        self.metrics = WriteMetrics(trainer, self.log, flops, find_peak_tflops(config, self.device))
         trainer.add_callback(self.metrics)
         self.skipped = SkippedSteps(
             trainer,

@@ -203,6 +203,7 @@ class RunReport:
             heldout_after, scores_after = self._metrics.heldout_at(step) or (None, {})
         tasks_after = self._task_accuracies()
         answer_after = self._answer()
+        speed = self._metrics.of_run()
         peak = torch.tensor([memory_gib(self._device)["peak_memory_gib"]], dtype=torch.float64)
         all_reduce_max_(peak, self._device)
         return RunSummary(
@@ -212,7 +213,7 @@ class RunReport:
             num_weights=self._prepared.num_weights,
             num_steps=step,
             wall_s=self._metrics.train_wall_s,
-            tokens_per_second=self._metrics.num_tokens / max(self._metrics.train_wall_s, 1e-9),
+            tokens_per_second=speed.tokens_per_second,
             peak_memory_gib=float(peak),
             index_hash=self.index_hash,
             sample_prompt=self._prompt.text if self._prompt else None,
@@ -224,6 +225,9 @@ class RunReport:
             heldout_scores_before=self._scores_before or None,
             heldout_scores_after=scores_after or None,
             num_skipped_steps=num_skipped_steps,
+            tflops_per_rank=speed.tflops_per_rank,
+            mfu=speed.mfu,
+            hfu=speed.hfu,
             tasks=None if self._tasks is None else self._tasks.summary(self._tasks_before, tasks_after or {}),
         )
 

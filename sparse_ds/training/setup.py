@@ -32,6 +32,7 @@ from sparse_ds.model.build import (
 )
 from sparse_ds.model.classification_head import Classification, initial_head, install_head
 from sparse_ds.model.loading import LoadReport, load_base, planned_bytes
+from sparse_ds.monitor.peak_tflops import known_peak_tflops
 from sparse_ds.monitor.progress import ProgressBytes
 from sparse_ds.optim.flat_segment import FlatSegment
 from sparse_ds.optim.sm3 import SparseSM3
@@ -202,6 +203,13 @@ def make_training_arguments(
         dataloader_pin_memory=device.type == "cuda",
         average_tokens_across_devices=True,
     )
+
+
+def find_peak_tflops(config: RunConfig, device: torch.device) -> float | None:
+    """Of one rank's device: as the run says, or as its data sheet does; None where neither is known."""
+    if config.monitor.peak_tflops is not None or device.type != "cuda":
+        return config.monitor.peak_tflops
+    return known_peak_tflops(torch.cuda.get_device_name(device), config.model.dtype)
 
 
 def bind_optimizer(
