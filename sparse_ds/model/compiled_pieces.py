@@ -1,9 +1,8 @@
 """The pieces between the linear layers, compiled by torch: C++ on the CPU, Triton on a GPU.
 
 Only these functions of tensors are compiled, not the model or its blocks. Around every module with parameters DeepSpeed
-runs hooks that gather and release them, and each sparse layer puts its deltas into the gathered weight and takes them
-out again: none of that can be traced, so a compiled model would break into the same pieces, with a check of every
-module in front of each of them.
+runs hooks that gather and release them, and it marks them as not to be traced (`torch.compiler.disable`): a compiled
+model would break into the same pieces at each of them, with a check of the module's state in front of every piece.
 
 Compiled once for all shapes (`dynamic=True`): micro batches have many lengths. The arithmetic is that of the eager
 pieces; in bf16 values that eager rounds in between stay in fp32, so results differ by such roundings.
