@@ -262,6 +262,7 @@ class DropAndGrow:
         if "event_value" in new_states:
             new_states["event_value"] = values
         local_partition(layer.indices).copy_(_slots(result.indices, layer)[own])
+        layer.indices_changed()
         self._master.write_values(layer.values, _slots(values, layer)[own])
         for state, new in new_states.items():
             self._master.view(layer.values, states[state]).copy_(_slots(new, layer)[own])

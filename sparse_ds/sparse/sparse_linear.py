@@ -35,12 +35,13 @@ from torch.nn import Parameter
 
 from sparse_ds.kernels.apply_deltas import apply_deltas_, deltas_applied, hidden_counts
 from sparse_ds.kernels.nf4 import dequantize_nf4
-from sparse_ds.kernels.values_gradient import rows_per_block, values_gradient
+from sparse_ds.kernels.product_operands import ProductOperands, share_input
+from sparse_ds.kernels.values_gradient import values_gradient
 from sparse_ds.sparse.layout import SparseLayout
 from sparse_ds.sparse.sparse_vector import SparseVector
 
-ObserveGradient = Callable[[Tensor, Tensor], None]
-"""`observe(grad_output_TO, input_TI)`: the dense weight gradient is grad_output_TO^T input_TI."""
+ObserveGradient = Callable[[ProductOperands], None]
+"""`observe(operands)`: what the dense weight gradient is made of; not to be kept beyond the call."""
 
 
 class SparseLinear(nn.Module):
@@ -80,6 +81,7 @@ class SparseLinear(nn.Module):
         """K now."""
         self.observe_gradient: ObserveGradient | None = None
         """Called in backward with what the dense weight gradient is made of; an estimation phase sets it."""
+        self._row_boundaries: dict[int, list[int]] = {}
         for name in ("weight", "packed", "absmax", "nested_statistics", "indices", "values"):
             self.register_parameter(name, tensors.get(name))
         if sparse_bias is None:
@@ -101,6 +103,19 @@ class SparseLinear(nn.Module):
     def active_indices(self) -> Tensor:
         """[K] of the gathered indices."""
         return self.indices.data[: self.num_active]
+
+    def indices_changed(self) -> None:
+        """To be called after every change of `indices` or `num_active`: what is known about them is dropped."""
+        self._row_boundaries.clear()
+
+    def row_boundaries(self, rows_per_block: int) -> list[int]:
+        """`SparseLayout.row_boundaries` of the active indices, which must be gathered if they are not known yet.
+
+        One device synchronization, at the first call after the indices changed.
+        """
+        if rows_per_block not in self._row_boundaries:
+            self._row_boundaries[rows_per_block] = self.layout.row_boundaries(self.active_indices, rows_per_block)
+        return self._row_boundaries[rows_per_block]
 
     @contextmanager
     def merged_weight(self) -> Iterator[Tensor]:
@@ -132,6 +147,7 @@ class _SparseLinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, input: Tensor, values: Tensor, bias_O: Tensor | None, layer: SparseLinear) -> Tensor:
         ctx.layer = layer
+        ctx.shared_input = share_input(input)
         ctx.save_for_backward(input)
         with layer.merged_weight() as weight_OI:
             # The bias inside the product, as in nn.Linear: in 16 bits the sum is rounded once.
@@ -147,14 +163,13 @@ class _SparseLinearFunction(torch.autograd.Function):
             with layer.merged_weight() as weight_OI:
                 grad_input = grad_output.matmul(weight_OI)
         if ctx.needs_input_grad[1]:
-            grad_output_TO = grad_output.reshape(-1, layout.num_rows)
-            input_TI = input.reshape(-1, layout.num_cols)
+            operands = ProductOperands(
+                grad_output.reshape(-1, layout.num_rows), input.reshape(-1, layout.num_cols), ctx.shared_input
+            )
             if layer.observe_gradient is not None:
-                layer.observe_gradient(grad_output_TO, input_TI)
-            indices_K = layer.active_indices
-            num_rows = rows_per_block(layout.num_rows, layout.num_cols)
-            boundaries = layout.row_boundaries(indices_K, num_rows)
-            grad_values = values_gradient(grad_output_TO, input_TI, indices_K, boundaries, num_rows)
+                layer.observe_gradient(operands)
+            grad_values = values_gradient(operands, layer.active_indices, layer.row_boundaries)
+            operands.done()
             if layout.spare_slots:
                 grad_values = F.pad(grad_values, (0, layout.num_slots - layer.num_active))
         if ctx.needs_input_grad[2]:

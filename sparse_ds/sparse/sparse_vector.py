@@ -59,6 +59,9 @@ class SparseVector(nn.Module):
         merged_D: Tensor = _MergedVector.apply(self.values, self)  # type: ignore[no-untyped-call]
         return merged_D
 
+    def indices_changed(self) -> None:
+        """As of `SparseLinear`; nothing is kept about them here."""
+
     def extra_repr(self) -> str:
         return f"{self.layout.num_rows}, active={self.num_active}"
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sparse_ds.kernels.product_operands import ProductOperands
 from sparse_ds.kernels.values_gradient import reference_values_gradient, rows_per_block, values_gradient
 from sparse_ds.sparse.layout import SparseLayout
 
@@ -15,8 +18,9 @@ def blockwise(
     grad_output: torch.Tensor, input: torch.Tensor, indices: torch.Tensor, scratch_elements: int
 ) -> torch.Tensor:
     layout = SparseLayout(grad_output.shape[1], input.shape[1], indices.numel())
-    num_rows = rows_per_block(layout.num_rows, layout.num_cols, scratch_elements)
-    return values_gradient(grad_output, input, indices, layout.row_boundaries(indices, num_rows), num_rows)
+    row_boundaries = partial(layout.row_boundaries, indices)
+    operands = ProductOperands(grad_output, input)
+    return values_gradient(operands, indices, row_boundaries, scratch_elements=scratch_elements)
 
 
 def random_case(

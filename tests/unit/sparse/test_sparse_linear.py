@@ -11,8 +11,10 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.utils.checkpoint import checkpoint
 
+import sparse_ds.kernels.values_gradient as values_gradient_module
 import sparse_ds.sparse.sparse_linear as sparse_linear_module
 from sparse_ds.kernels.nf4 import quantize_nf4
+from sparse_ds.kernels.product_operands import ProductOperands
 from sparse_ds.sparse.layout import SparseLayout
 from sparse_ds.sparse.sparse_linear import SparseLinear
 
@@ -134,10 +136,7 @@ def test_blocks_of_the_gradient_do_not_change_it(scratch_elements: int, monkeypa
     layer, _ = make_layer("fp32")
     input = torch.randn(6, COLS)
     (expected,) = gradients(layer(input), layer.values)
-    rows_per_block = sparse_linear_module.rows_per_block
-    monkeypatch.setattr(
-        sparse_linear_module, "rows_per_block", lambda rows, cols: rows_per_block(rows, cols, scratch_elements)
-    )
+    monkeypatch.setattr(values_gradient_module, "SCRATCH_ELEMENTS", scratch_elements)
     (blocked,) = gradients(layer(input), layer.values)
     torch.testing.assert_close(blocked, expected, rtol=1e-5, atol=1e-6)
 
@@ -197,6 +196,7 @@ def test_the_number_of_active_weights_may_change() -> None:
         roomy.num_active = num_active
         roomy.indices.data.zero_()[:num_active] = indices
         roomy.values.data.zero_()[:num_active] = values
+        roomy.indices_changed()
         deltas_N = torch.zeros(ROWS * COLS).index_put((indices.long(),), values)
         output = roomy(input)
         assert torch.equal(output, F.linear(input, weight_OI + deltas_N.view(ROWS, COLS)))
@@ -215,8 +215,8 @@ def test_each_backward_shows_the_dense_gradient_once(
     layer, weight_OI = make_layer(base)
     input = torch.randn(shape, generator=torch.Generator().manual_seed(4)).to(weight_OI.dtype).requires_grad_()
     weights = torch.randn(*shape[:-1], ROWS, generator=torch.Generator().manual_seed(9)).to(weight_OI.dtype)
-    shown: list[tuple[Tensor, Tensor]] = []
-    layer.observe_gradient = lambda grad_output_TO, input_TI: shown.append((grad_output_TO, input_TI))
+    shown: list[ProductOperands] = []
+    layer.observe_gradient = shown.append
 
     def forward() -> Tensor:
         output: Tensor = (
@@ -230,7 +230,7 @@ def test_each_backward_shows_the_dense_gradient_once(
         assert len(shown) == num_backwards - 1, "a forward pass shows nothing"
         output.backward(weights)
         assert len(shown) == num_backwards
-        grad_output_TO, input_TI = shown[-1]
+        grad_output_TO, input_TI = shown[-1].grad_output_TO, shown[-1].input_TI
         assert torch.equal(grad_output_TO, weights.reshape(-1, ROWS))
         assert torch.equal(input_TI, input.reshape(-1, COLS))
         assert not grad_output_TO.requires_grad
@@ -249,8 +249,8 @@ def test_each_backward_shows_the_dense_gradient_once(
 def test_the_dense_gradient_is_shown_for_an_input_that_needs_no_gradient_too() -> None:
     """The first layer of a model."""
     layer, _ = make_layer("fp32")
-    shown: list[tuple[Tensor, Tensor]] = []
-    layer.observe_gradient = lambda grad_output_TO, input_TI: shown.append((grad_output_TO, input_TI))
+    shown: list[ProductOperands] = []
+    layer.observe_gradient = shown.append
     gradients(layer(torch.randn(4, COLS)), layer.values)
     assert len(shown) == 1
     with torch.no_grad():
@@ -262,7 +262,7 @@ def test_what_observing_raises_comes_out_of_backward() -> None:
     layer, _ = make_layer("fp32")
     before = base_bytes(layer)
 
-    def fail(grad_output_TO: Tensor, input_TI: Tensor) -> None:
+    def fail(operands: ProductOperands) -> None:
         raise RuntimeError("out of memory")
 
     layer.observe_gradient = fail
