@@ -14,6 +14,7 @@ from sparse_ds.checkpoint.tensor_file import DTYPES
 from sparse_ds.checkpoint.writing import SavedSlice
 from sparse_ds.config.errors import UserError
 from sparse_ds.distributed.zero3_partitions import MasterWeights, full_size, local_partition, owned_range
+from sparse_ds.sparse.index_storage import own_indices
 from sparse_ds.sparse.sparse_linear import SparseLayer
 
 
@@ -68,8 +69,8 @@ def state_items(
         items.append(
             StateItem(
                 f"{name}.indices",
-                layer.indices,
-                local_partition(layer.indices),
+                layer.values,
+                own_indices(layer),
                 layer.num_active,
                 limit=layer.layout.num_elements,
                 ascending=True,

@@ -33,7 +33,10 @@ class OwnedSlice:
 
 
 def owned_range(parameter: Parameter) -> tuple[int, int]:
-    """(start, num_real) of this rank's slice of any ZeRO-3 parameter, trainable or frozen."""
+    """(start, num_real) of this rank's slice of any ZeRO-3 parameter, trainable or frozen; of a parameter that is not
+    partitioned: all of it."""
+    if not hasattr(parameter, "ds_tensor"):
+        return 0, parameter.numel()
     size = parameter.ds_tensor.ds_numel
     start = min(parameter.ds_zero_partition_rank * size, parameter.ds_numel)
     return start, min(size, parameter.ds_numel - start)
@@ -51,7 +54,7 @@ def full_shape(parameter: Parameter) -> tuple[int, ...]:
 
 def local_partition(parameter: Parameter) -> Tensor:
     """The real elements (no padding) of this rank's slice of `parameter`; a view: writing changes what is gathered."""
-    partition: Tensor = parameter.ds_tensor
+    partition: Tensor = getattr(parameter, "ds_tensor", parameter.data)
     return partition.view(-1).narrow(0, 0, owned_range(parameter)[1])
 
 

@@ -32,7 +32,6 @@ from sparse_ds.distributed.zero3_partitions import (
     MasterWeights,
     batches_to_gather,
     gather_partitions,
-    local_partition,
     owned_range,
     require_equal,
 )
@@ -44,6 +43,7 @@ from sparse_ds.selection.drop import smallest_magnitude
 from sparse_ds.selection.evidence import Evidence
 from sparse_ds.selection.registry import Growth, select, select_resized, without
 from sparse_ds.sparse.index_hash import IndexHash
+from sparse_ds.sparse.index_storage import own_indices, write_indices
 from sparse_ds.sparse.sparse_linear import SparseLinear
 
 Accumulators = Callable[[str], tuple[Tensor, Tensor]]
@@ -220,7 +220,7 @@ class DropAndGrow:
             parameters, partitions = [], []
             for name in batch:
                 layer = self._layers[name]
-                own = [local_partition(layer.indices), self._master.view(layer.values)]
+                own = [own_indices(layer), self._master.view(layer.values)]
                 own += [self._master.view(layer.values, flats) for flats in states.values()]
                 if self._has_sums:
                     assert self._estimation is not None
@@ -261,8 +261,7 @@ class DropAndGrow:
         self._seed_grown(result, gathered, new_states, seeds)
         if "event_value" in new_states:
             new_states["event_value"] = values
-        local_partition(layer.indices).copy_(_slots(result.indices, layer)[own])
-        layer.indices_changed()
+        write_indices(layer, _slots(result.indices, layer))
         self._master.write_values(layer.values, _slots(values, layer)[own])
         for state, new in new_states.items():
             self._master.view(layer.values, states[state]).copy_(_slots(new, layer)[own])

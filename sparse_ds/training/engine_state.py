@@ -114,6 +114,8 @@ class EngineState:
         states = self._states()
         items = self._items(states, step)
         restore_items(items, checkpoint)
+        for layer in self.layers.values():
+            layer.indices_changed()
         if self.weight_states is not None:
             self.weight_states.write(dict(states))
         return names | {item.name for item in items}

@@ -17,6 +17,7 @@ from sparse_ds.export.classifier import classifier_config
 from sparse_ds.export.model_card import dense_model_card
 from sparse_ds.model.base_checkpoint import BaseCheckpoint
 from sparse_ds.model.weights_hash import weights_hash
+from sparse_ds.sparse.index_storage import own_indices
 from sparse_ds.training.setup import PreparedModel
 
 
@@ -70,7 +71,7 @@ def save_deltas(
     dense: dict[str, Tensor] = {}
     for name, layer in layers.items():
         indices_K, values_K = gather_partitions(
-            [layer.indices, layer.values], [local_partition(layer.indices), master.view(layer.values)], device
+            [layer.values, layer.values], [own_indices(layer), master.view(layer.values)], device
         )
         if process_group.rank() == 0:
             gathered.append((name, indices_K[: layer.num_active].cpu(), values_K[: layer.num_active].cpu()))

@@ -16,7 +16,7 @@ from sparse_ds.config import RunConfig, UserError, build_deepspeed_config
 from sparse_ds.config.methods import all_methods
 from sparse_ds.distributed.born_partitioned import PartitionedParameters
 from sparse_ds.distributed.process_group import agreement, rank, world_size
-from sparse_ds.distributed.zero3_partitions import MasterWeights, OwnedSlice, full_shape, full_size, local_partition
+from sparse_ds.distributed.zero3_partitions import MasterWeights, OwnedSlice, full_shape, full_size
 from sparse_ds.drop_grow.estimation import EstimationPhase
 from sparse_ds.drop_grow.event import DropAndGrow
 from sparse_ds.drop_grow.weight_states import WeightStates
@@ -38,6 +38,7 @@ from sparse_ds.optim.sm3 import SparseSM3
 from sparse_ds.optim.sparse_adamw import SparseAdamW
 from sparse_ds.selection.registry import find_growth
 from sparse_ds.selection.schedule import is_event, num_to_replace
+from sparse_ds.sparse.index_storage import own_indices
 from sparse_ds.sparse.layout import SparseLayout
 from sparse_ds.sparse.sparse_linear import SparseLayer, SparseLinear
 
@@ -240,7 +241,7 @@ def bind_optimizer(
                     length=where.num_real,
                     num_rows=layer.layout.num_rows,
                     num_cols=layer.layout.num_cols,
-                    indices=local_partition(layer.indices),
+                    indices=own_indices(layer),
                 )
             )
         optimizer.register_flat(flat, segments)

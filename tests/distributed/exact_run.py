@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from sparse_ds.config import RunConfig, build_deepspeed_config
 from sparse_ds.distributed.born_partitioned import PartitionedParameters, slice_of
 from sparse_ds.distributed.process_group import rank, world_size
-from sparse_ds.distributed.zero3_partitions import MasterWeights, gather_partitions, local_partition
+from sparse_ds.distributed.zero3_partitions import MasterWeights, gather_partitions
 from sparse_ds.drop_grow.event import EventRecord
 from sparse_ds.drop_grow.weight_states import WeightStates
 from sparse_ds.optim.sm3 import SparseSM3
 from sparse_ds.selection.random_subset import random_subset
+from sparse_ds.sparse.index_storage import own_indices
 from sparse_ds.sparse.layout import SparseLayout
 from sparse_ds.sparse.sparse_linear import SparseLinear
 from sparse_ds.training.callbacks import MergeAccumulators, RunEvents
@@ -157,7 +158,7 @@ class ExactRun:
         tensors = {}
         states = self.weight_states.read()
         for name, layer in self.layers.items():
-            parts = [local_partition(layer.indices), self.master.view(layer.values)]
+            parts = [own_indices(layer), self.master.view(layer.values)]
             parts += [self.master.view(layer.values, flats) for flats in states.values()]
             gathered = gather_partitions([layer.values] * len(parts), parts, CPU)
             tensors[name] = [tensor[: layer.num_active].tolist() for tensor in gathered]
