@@ -64,7 +64,7 @@ class _LastInput:
         storage = StorageWeakRef(input.untyped_storage())  # type: ignore[no-untyped-call]
         view = (input.shape, input.stride(), input.storage_offset(), input.dtype, input._version)
         # A dead storage is never equal to a living one: its identity is not given away while the reference is held.
-        if self._storage != storage or self._view != view:
+        if self._storage is None or self._storage != storage or self._view != view:
             self._storage, self._view, self._shared = storage, view, SharedInput()
         return self._shared
 
