@@ -3,7 +3,7 @@
     G_u = dY[:, rows(u)]^T X[:, cols(u)]        [block_rows, block_cols] for each active block u
 
     blocks      CPU     gathered strips of dY^T and X^T, one batched product for some blocks at a time
-                CUDA    a kernel on the tensor cores (`triton_kernels.block_values_gradient`)
+                CUDA    a kernel on the tensor cores (`triton_kernels`), where it supports the block; else dense
     dense       everywhere: the dense gradient in parts of whole rows of blocks, of which the blocks are taken
 
 The first costs the share of the active blocks, the second always all of them; at BLOCKS_BELOW of all blocks they are
@@ -19,6 +19,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from sparse_ds.kernels import triton_kernels
 from sparse_ds.kernels.product_operands import ProductOperands
 from sparse_ds.kernels.values_gradient import gradient_block, rows_per_block
 
@@ -58,6 +59,9 @@ def block_values_gradient(
     num_blocks = operands.num_rows // block_rows * (operands.num_cols // block_cols)
     if indices_U.numel() > BLOCKS_BELOW * num_blocks:
         return dense_blocks(operands, indices_U, block_rows, block_cols, row_boundaries, scratch_elements)
+    if triton_kernels.available(operands.input_TI) and triton_kernels.supports_block(block_rows, block_cols):
+        grad_output_TO, input_TI = operands.grad_output_TO.contiguous(), operands.input_TI.contiguous()
+        return triton_kernels.block_values_gradient(grad_output_TO, input_TI, indices_U, block_rows, block_cols)
     if not operands.input_TI.is_cuda:
         return gathered_blocks(operands, indices_U, block_rows, block_cols)
     return dense_blocks(operands, indices_U, block_rows, block_cols, row_boundaries, scratch_elements)

@@ -27,7 +27,8 @@ def gradient_at(
         row_boundaries: `layout.row_boundaries` of these indices.
         scratch_elements: bound on the elements of a part of the dense gradient.
     """
-    if layout.block_rows > 1:
+    on_tensor_cores = operands.input_TI.is_cuda and layout.block_cols > 1
+    if layout.block_rows > 1 or on_tensor_cores:
         return block_values_gradient(
             operands,
             indices_U,
@@ -36,7 +37,7 @@ def gradient_at(
             row_boundaries,
             scratch_elements=scratch_elements,
         )
-    # The weights of blocks of one row ascend like the blocks.
+    # The weights of blocks of one row ascend like the blocks, and on the CPU a strip of one row is no faster.
     return values_gradient(
         operands,
         layout.weights_of(indices_U),

@@ -93,3 +93,18 @@ def test_only_the_active_blocks_are_computed_when_they_are_few() -> None:
     boundaries = boundaries_of(grad_output, input, indices, (2, 2))
     result = block_values_gradient(ProductOperands(grad_output, input), indices, 2, 2, boundaries)
     assert bool(result.isfinite().all())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("share", ["few", "all"])
+@pytest.mark.parametrize("block", [(16, 16), (1, 16), (8, 32), (3, 5)])
+def test_on_a_gpu(block: tuple[int, int], share: str, dtype: torch.dtype) -> None:
+    """With the kernel, and where there is none for the block, or too many blocks."""
+    grad_output, input, indices = random_case(20, (6, 4), block, share)
+    grad_output, input, indices = grad_output.to("cuda", dtype), input.to("cuda", dtype), indices.cuda()
+    boundaries = boundaries_of(grad_output, input, indices, block)
+    result = block_values_gradient(ProductOperands(grad_output, input), indices, *block, boundaries)
+    expected = reference_block_values_gradient(grad_output, input, indices, *block)
+    # fp32 products on a GPU may use TF32 inputs of 10 bits where that is allowed; 20 terms of size 1.
+    torch.testing.assert_close(result.double(), expected, rtol=1e-2, atol=2e-2)
