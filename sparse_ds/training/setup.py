@@ -113,6 +113,7 @@ def prepare_model(
         config.method.density,
         config.train.seed,
         bernoulli=config.method.sampling == "bernoulli",
+        block_size=config.method.block_shape,
         slots_per_active=config.method.redistribution_factor or 1.0,
         train_biases=config.method.train_biases,
         train_norms=config.method.train_norms,
@@ -128,7 +129,7 @@ def prepare_model(
             num_head_weights = sum(tensor.numel() for tensor in head.values())
         vectors: dict[str, SparseLayout] = {}
         if not trains_all:
-            layouts = plan_layouts(model, sparse)
+            layouts = plan_layouts(model, sparse, world_size())
             check_accumulator_limit(config, layouts, world_size())
             vectors = plan_vector_layouts(model, layouts, sparse)
         tensors = list_base_tensors(model, layouts, base)
