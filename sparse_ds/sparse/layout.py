@@ -158,6 +158,23 @@ class SparseLayout:
         flat_K, order = self.weights_of(indices_U).sort()
         return (flat_K, *(values[order] for values in values_K))
 
+    def block_after_block(self, rows_BI: Tensor) -> Tensor:
+        """Some whole rows of blocks of a dense matrix [B, I], flat in the order of values; a view where it can be."""
+        if self.block_cols == 1 and self.block_rows == 1:
+            return rows_BI.view(-1)
+        blocks = rows_BI.view(-1, self.block_rows, self.num_cols // self.block_cols, self.block_cols)
+        return blocks.transpose(1, 2).reshape(-1)
+
+    def sums_of_lines(self, row_scores_O: Tensor, col_scores_I: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores of rows and columns of the grid: the sum over a block of `row_score * col_score` is their product.
+
+        Added in fp64 and rounded once to the dtype of the scores.
+        """
+        if self.block_elements == 1:
+            return row_scores_O, col_scores_I
+        rows = row_scores_O.view(-1, self.block_rows).double().sum(1).to(row_scores_O.dtype)
+        return rows, col_scores_I.view(-1, self.block_cols).double().sum(1).to(col_scores_I.dtype)
+
     def block_sums(self, numbers_K: Tensor) -> Tensor:
         """[U] sum over each block of [U * e] numbers per weight; the numbers themselves with blocks of one weight."""
         return numbers_K if self.block_elements == 1 else numbers_K.view(-1, self.block_elements).sum(1)

@@ -243,6 +243,8 @@ def bind_optimizer(
                     num_rows=layer.layout.num_rows,
                     num_cols=layer.layout.num_cols,
                     indices=own_indices(layer),
+                    block_rows=layer.layout.block_rows,
+                    block_cols=layer.layout.block_cols,
                 )
             )
         optimizer.register_flat(flat, segments)
@@ -355,14 +357,15 @@ class EventSchedule:
         return self._facts.events == "once" and step <= self._method.estimation_steps
 
     def num_to_replace(self, step: int) -> dict[str, int]:
-        """Weights of each tensor that the event after `step` replaces."""
+        """Blocks (of one weight by default) of each tensor that the event after `step` replaces."""
         method = self._method
+        num_active = {name: layer.num_active // layer.layout.block_elements for name, layer in self._layers.items()}
         if self._facts.events == "once":
-            return {name: layer.num_active for name, layer in self._layers.items()}
+            return num_active
         return {
             name: num_to_replace(
                 step,
-                num_active=layer.num_active,
+                num_active=number,
                 total_steps=self._total_steps,
                 interval_steps=method.interval_steps,
                 estimation_steps=method.estimation_steps,
@@ -370,5 +373,5 @@ class EventSchedule:
                 drop_schedule=method.drop_schedule,
                 first_drop_fraction=method.first_drop_fraction,
             )
-            for name, layer in self._layers.items()
+            for name, number in num_active.items()
         }

@@ -79,7 +79,7 @@ BAD_OVERRIDES = [
         "method.block_size=0",
         r"method\.block_size: got 0 \(integer\), expected an integer >= 1 or a list of 2 numbers, each >= 1\. What is",
     ),
-    ("method.block_size=[0,16]", r"method\.block_size: got \[0, 16\] \(list\), expected an integer >= 1 or a list of 2"),
+    ("method.block_size=[0,16]", r"method\.block_size: got \[0, 16\] \(list\), expected an integer >= 1 or a list"),
     ("method.block_size=[16]", r"method\.block_size: got \[16\] \(list\), expected an integer >= 1 or a list of 2"),
     ("method.block_size=16x16", r'method\.block_size: got "16x16" \(text\), expected an integer >= 1 or a list of 2'),
     ("method.train_biases=1", r"method\.train_biases: got 1 \(integer\), expected true or false\."),
