@@ -186,6 +186,7 @@ class EstimationPhase:
                 operands,
                 indices_U,
                 partial(layout.row_boundaries, indices_U),
+                choice=layer.path_choice,
                 scratch_elements=self._tile_bytes // 16,
             )
             self._step_gradient[self._slices[name]].add_(reduce_to_slices(layer.values, gradient_S))

@@ -13,24 +13,21 @@ about equally fast. On the CPU (bf16, 2048 x 2048, 1024 tokens, one core) 16 x 1
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from sparse_ds.kernels import triton_kernels
+from sparse_ds.kernels.dense_row_blocks import RowBoundaries, gradient_block, rows_per_block
 from sparse_ds.kernels.product_operands import ProductOperands
-from sparse_ds.kernels.values_gradient import gradient_block, rows_per_block
 
 GATHERED_ELEMENTS = 2**19
 """Elements of the strips that are gathered at one time on the CPU: 1 MiB in bf16, within a core's second-level cache
 (at 2^17 the calls cost twice as much as the product, at 2^21 memory does)."""
 BLOCKS_BELOW = 0.25
 """Share of all blocks from which the dense product is computed instead."""
-
-RowBoundaries = Callable[[int], Sequence[int]]
-"""`boundaries(num_rows)`: positions in the ascending indices at which parts of so many rows begin, and U."""
 
 
 def block_values_gradient(
@@ -40,6 +37,7 @@ def block_values_gradient(
     block_cols: int,
     row_boundaries: RowBoundaries,
     *,
+    path: Literal["auto", "sampled", "dense"] = "auto",
     scratch_elements: int | None = None,
 ) -> Tensor:
     """The gradient of all weights of U blocks.
@@ -50,6 +48,7 @@ def block_values_gradient(
         block_rows, block_cols: sides of a block; they divide O and I.
         row_boundaries: of these indices, for a multiple of `block_rows` rows; asked only if the dense product is
             computed.
+        path: "sampled" computes only the blocks, at any density; "auto" goes by BLOCKS_BELOW.
         scratch_elements: bound on the elements of its parts.
 
     Returns:
@@ -57,7 +56,8 @@ def block_values_gradient(
         CPU with 16-bit inputs each sum is rounded to 16 bits once.
     """
     num_blocks = operands.num_rows // block_rows * (operands.num_cols // block_cols)
-    if indices_U.numel() > BLOCKS_BELOW * num_blocks:
+    is_dense = indices_U.numel() > BLOCKS_BELOW * num_blocks if path == "auto" else path == "dense"
+    if is_dense:
         return dense_blocks(operands, indices_U, block_rows, block_cols, row_boundaries, scratch_elements)
     if triton_kernels.available(operands.input_TI) and triton_kernels.supports_block(block_rows, block_cols):
         grad_output_TO, input_TI = operands.grad_output_TO.contiguous(), operands.input_TI.contiguous()

@@ -20,6 +20,7 @@ Where the programs are too few to fill a GPU, tokens are split over several and 
 no atomic operation, the same bits in every run and on every GPU.
 """
 
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -130,9 +131,7 @@ class Tiling:
     num_stages: int
 
 
-def tiling(
-    num_blocks: int, num_rows: int, block_rows: int, block_cols: int, dtype: torch.dtype
-) -> Tiling:
+def tiling(num_blocks: int, num_rows: int, block_rows: int, block_cols: int, dtype: torch.dtype) -> Tiling:
     """Sizes by the number of blocks and rows: only shapes decide, nothing is read from the device.
 
     Columns of X per program: 128 where that makes enough programs, else 64. Window: the rows that a group is expected
@@ -150,26 +149,26 @@ def tiling(
     return Tiling(group, window, align, tokens=16 if wide else 64, num_warps=4, num_stages=4)
 
 
-def _gradient(
-    grad_output_TO: Tensor, input: Tensor, input_strides: tuple[int, int], positions_U: Tensor, block: tuple[int, int]
-) -> Tensor:
-    """[U * block_rows * block_cols]; `input_strides` of `input` are those of a token and of a column."""
-    (num_tokens, num_rows), (block_rows, block_cols) = grad_output_TO.shape, block
+def _gradient(grad_output_TO: Tensor, input_TI: Tensor, positions_U: Tensor, block: tuple[int, int]) -> Tensor:
+    """[U * block_rows * block_cols]; `input_TI` may have any strides."""
+    (num_tokens, num_rows), num_cols = grad_output_TO.shape, input_TI.shape[1]
+    assert input_TI.shape[0] == num_tokens and input_TI.dtype == grad_output_TO.dtype
+    assert grad_output_TO.stride(1) == 1 or num_rows == 1
+    block_rows, block_cols = block
     num_blocks = positions_U.numel()
     num_values = num_blocks * block_rows * block_cols
-    num_cols = input.numel() // num_tokens if num_tokens else 0
     if not num_values or not num_tokens:
-        return torch.zeros(num_values, dtype=torch.float32, device=input.device)
-    sizes = tiling(num_blocks, num_rows, block_rows, block_cols, input.dtype)
+        return torch.zeros(num_values, dtype=torch.float32, device=input_TI.device)
+    sizes = tiling(num_blocks, num_rows, block_rows, block_cols, input_TI.dtype)
     num_programs = triton.cdiv(num_blocks, sizes.group)
     num_steps = triton.cdiv(num_tokens, sizes.tokens)
     num_splits = max(1, min(FEW_PROGRAMS // num_programs, num_steps // 8))
     tokens_per_split = triton.cdiv(num_steps, num_splits) * sizes.tokens
     num_splits = triton.cdiv(num_tokens, tokens_per_split)
-    gradient_SK = torch.empty((num_splits, num_values), dtype=torch.float32, device=input.device)
+    gradient_SK = torch.empty((num_splits, num_values), dtype=torch.float32, device=input_TI.device)
     gradient_kernel[(num_programs, num_splits)](
         grad_output_TO,
-        input,
+        input_TI,
         positions_U,
         gradient_SK,
         num_tokens,
@@ -179,7 +178,7 @@ def _gradient(
         num_cols // block_cols,
         num_values,
         grad_output_TO.stride(0),
-        *input_strides,
+        *input_TI.stride(),
         BLOCK_ROWS=block_rows,
         BLOCK_COLS=block_cols,
         GROUP=sizes.group,
@@ -196,15 +195,12 @@ def _gradient(
 
 def sampled_gradient(grad_output_TO: Tensor, input_IT: Tensor, indices_K: Tensor) -> Tensor:
     """See `kernels.triton_kernels.sampled_gradient`."""
-    assert grad_output_TO.stride(1) == 1 and input_IT.stride(1) == 1 and input_IT.dtype == grad_output_TO.dtype
-    assert input_IT.shape[1] == grad_output_TO.shape[0]
-    return _gradient(grad_output_TO, input_IT, (1, input_IT.stride(0)), indices_K, (1, 1))
+    return _gradient(grad_output_TO, input_IT.t(), indices_K, (1, 1))
 
 
 def block_values_gradient(
     grad_output_TO: Tensor, input_TI: Tensor, blocks_U: Tensor, block_rows: int, block_cols: int
 ) -> Tensor:
     """See `kernels.triton_kernels.block_values_gradient`."""
-    assert grad_output_TO.stride(1) == 1 and input_TI.stride(1) == 1 and input_TI.dtype == grad_output_TO.dtype
-    assert input_TI.shape[0] == grad_output_TO.shape[0]
-    return _gradient(grad_output_TO, input_TI, (input_TI.stride(0), 1), blocks_U, (block_rows, block_cols))
+    assert grad_output_TO.shape[1] % block_rows == 0 and input_TI.shape[1] % block_cols == 0
+    return _gradient(grad_output_TO, input_TI, blocks_U, (block_rows, block_cols))

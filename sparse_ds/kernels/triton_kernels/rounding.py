@@ -1,5 +1,6 @@
 """Rounding as the hardware and torch do it, also in Triton's interpreter."""
 
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
 from __future__ import annotations
 
 import triton
