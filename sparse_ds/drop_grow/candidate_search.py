@@ -30,8 +30,8 @@ from sparse_ds.distributed.gradient_tiles import (
 )
 from sparse_ds.distributed.process_group import rank, world_size
 from sparse_ds.distributed.zero3_partitions import all_reduce_max_
+from sparse_ds.kernels.dense_row_blocks import gradient_block
 from sparse_ds.kernels.product_operands import ProductOperands
-from sparse_ds.kernels.values_gradient import gradient_block
 from sparse_ds.selection.largest_keys import LargestKeys, first_places, index_of, kth_smallest_key
 from sparse_ds.sparse.layout import SparseLayout
 from sparse_ds.sparse.sparse_linear import SparseLinear

@@ -180,7 +180,13 @@ class EstimationPhase:
         else:
             indices_S = gather_slices(layer.values, self._candidates[name])
             row_boundaries = partial(layer.layout.row_boundaries, indices_S)
-            gradient_S = values_gradient(operands, indices_S, row_boundaries, scratch_elements=self._tile_bytes // 16)
+            gradient_S = values_gradient(
+                operands,
+                indices_S,
+                row_boundaries,
+                choice=layer.path_choice,
+                scratch_elements=self._tile_bytes // 16,
+            )
             self._step_gradient[self._slices[name]].add_(reduce_to_slices(layer.values, gradient_S))
 
     def _take_candidates(self, name: str, found: Candidates) -> None:

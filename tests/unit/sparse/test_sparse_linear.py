@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.utils.checkpoint import checkpoint
 
-import sparse_ds.kernels.values_gradient as values_gradient_module
+import sparse_ds.kernels.dense_row_blocks as dense_row_blocks
 import sparse_ds.sparse.sparse_linear as sparse_linear_module
 from sparse_ds.kernels.nf4 import quantize_nf4
 from sparse_ds.kernels.product_operands import ProductOperands
@@ -136,7 +136,7 @@ def test_blocks_of_the_gradient_do_not_change_it(scratch_elements: int, monkeypa
     layer, _ = make_layer("fp32")
     input = torch.randn(6, COLS)
     (expected,) = gradients(layer(input), layer.values)
-    monkeypatch.setattr(values_gradient_module, "SCRATCH_ELEMENTS", scratch_elements)
+    monkeypatch.setattr(dense_row_blocks, "SCRATCH_ELEMENTS", scratch_elements)
     (blocked,) = gradients(layer(input), layer.values)
     torch.testing.assert_close(blocked, expected, rtol=1e-5, atol=1e-6)
 
