@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Generic, ParamSpec, TypeVar
+from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
 
@@ -41,3 +41,34 @@ class CompiledOrEager(Generic[P, R]):
                 name, reason = self._function.__name__, str(error).strip().partition("\n")[0]
                 logger.warning(f"{name} is not compiled on this machine, it runs slower: {reason}")
         return self._function(*args, **kwargs)
+
+
+class CompiledUpdate:
+    """An in-place update, compiled at its first call for tensors of any size; where that fails, it does nothing, and
+    the caller does the same another way.
+
+    Args:
+        make: returns the function to compile: of tensors, without other effects, whole in one graph. Called once.
+        name: for the message that it cannot be compiled.
+    """
+
+    def __init__(self, make: Callable[[], Callable[..., None]], name: str) -> None:
+        self._make, self._name = make, name
+        self._compiled: Callable[..., None] | None = None
+        self.failed = False
+        """Whether compiling has failed in this process; it is not tried again."""
+
+    def run(self, *arguments: Any) -> bool:
+        """Whether the update was done; if not, nothing has been changed."""
+        if self.failed:
+            return False
+        try:
+            if self._compiled is None:
+                self._compiled = torch.compile(self._make(), dynamic=True, fullgraph=True)
+            self._compiled(*arguments)
+        except Exception as error:  # what a missing or broken compiler raises is not one type
+            self.failed = True
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            logger.warning(f"{self._name} cannot be compiled and runs slower, in plain torch: {reason}")
+            return False
+        return True
