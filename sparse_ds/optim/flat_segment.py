@@ -10,6 +10,7 @@ Padding is uninitialised memory (any bit pattern, NaN included), so nobody touch
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -91,3 +92,16 @@ class FlatSegment:
             lowest, highest = torch.aminmax(self.indices)
             end = layout.num_positions - 1
             assert lowest >= 0 and highest <= end, f"segment {self.name!r}: indices outside of 0 .. {end}"
+
+
+def padding_ranges(segments: Sequence[FlatSegment], flat_numel: int) -> list[tuple[int, int]]:
+    """[begin, end) of what lies between the segments, which ascend by offset; none of them is empty."""
+    ends = [0, *(segment.offset + segment.length for segment in segments)]
+    begins = [*(segment.offset for segment in segments), flat_numel]
+    return [(end, begin) for end, begin in zip(ends, begins, strict=True) if end < begin]
+
+
+def padding_positions(ranges: Sequence[tuple[int, int]], device: torch.device) -> Tensor | None:
+    """[n] int64 positions in the flat tensor of the [begin, end) ranges of its padding; None without any."""
+    pieces = [torch.arange(begin, end) for begin, end in ranges if begin < end]
+    return torch.cat(pieces).to(device) if pieces else None

@@ -63,6 +63,7 @@ from torch import Tensor
 
 from sparse_ds.optim.adamw_update import LARGEST_BETA, adamw_update_, compiled_adamw_update_, correction_table
 from sparse_ds.optim.birth_steps import BirthSteps
+from sparse_ds.optim.flat_segment import padding_positions
 from sparse_ds.optim.moment_rounding import (
     BLOCK_ELEMENTS,
     TO_NEAREST,
@@ -183,7 +184,7 @@ class SparseAdamW(torch.optim.Optimizer):
             assert 0 <= begin <= end <= flat.numel(), (
                 f"padding [{begin}, {end}) is outside of a flat tensor of {flat.numel()}"
             )
-        self._flats[flat] = _Flat(len(self._flats), _positions(padding, flat.device), BirthSteps(flat))
+        self._flats[flat] = _Flat(len(self._flats), padding_positions(padding, flat.device), BirthSteps(flat))
         self.state[flat].update(step=0)
         self._note_births(flat)
         for name in ("exp_avg", "exp_avg_sq"):
@@ -375,11 +376,6 @@ class _Flat:
     number: int
     padding: Tensor | None
     births: BirthSteps
-
-
-def _positions(ranges: Sequence[tuple[int, int]], device: torch.device) -> Tensor | None:
-    pieces = [torch.arange(begin, end) for begin, end in ranges if begin < end]
-    return torch.cat(pieces).to(device) if pieces else None
 
 
 def _cohorts(state: dict[str, Any]) -> Tensor | None:
