@@ -91,7 +91,7 @@ if [[ $device == cuda ]]; then
     four=(--tokens 4x2048)
     all=(--densities 0.001 0.003 0.006 0.0125 0.023)
 else
-    kernels=(--device cpu --dtype float32 --shapes 64x64 --tokens 32 --densities 0.01)
+    kernels=(--device cpu --dtype float32 --shapes 64x64 --tokens 32 --densities 0.01 --optimizer-weights 1000 --rounds 1)
     step=(--device cpu --shape tiny --layers 1)
     one=(--tokens 1x16 --rounds 1)
     four=(--tokens 4x16 --rounds 1)
@@ -99,7 +99,8 @@ else
 fi
 methods=(--rows floor sparta sft_ag sft_ma lora_0 lora_0.1)
 stage 70 "Kernels" "$python" scripts/bench_kernels.py "${kernels[@]}" --json "$folder/kernels.json"
-stage 90 "Step, bf16, micro batch 1" "$python" scripts/bench_step.py "${step[@]}" "${one[@]}" "${all[@]}" \
+stage 30 "Crossover of the two paths of the gradient" "$python" scripts/bench_kernels.py "${kernels[@]}" --crossover
+stage 80 "Step, bf16, micro batch 1" "$python" scripts/bench_step.py "${step[@]}" "${one[@]}" "${all[@]}" \
     --dtype bfloat16 --json "$folder/step_bf16_1.json"
 stage 60 "Step, NF4, micro batch 1" "$python" scripts/bench_step.py "${step[@]}" "${one[@]}" "${all[@]}" \
     "${methods[@]}" --dtype nf4 --json "$folder/step_nf4_1.json"
