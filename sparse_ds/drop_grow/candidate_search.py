@@ -30,7 +30,8 @@ from sparse_ds.distributed.gradient_tiles import (
 )
 from sparse_ds.distributed.process_group import rank, world_size
 from sparse_ds.distributed.zero3_partitions import all_reduce_max_
-from sparse_ds.kernels.values_gradient import gradient_block
+from sparse_ds.kernels.dense_row_blocks import gradient_block
+from sparse_ds.kernels.product_operands import ProductOperands
 from sparse_ds.selection.largest_keys import LargestKeys, first_places, index_of, kth_smallest_key
 from sparse_ds.sparse.layout import SparseLayout
 from sparse_ds.sparse.sparse_linear import SparseLinear
@@ -82,23 +83,21 @@ class Tiling:
             yield first_row * self.layout.num_cols + begin, end - begin
 
 
-def reduced_parts(
-    tiling: Tiling, grad_output_TO: Tensor, input_TI: Tensor, *, squared: bool = False
-) -> Iterator[tuple[int, Tensor]]:
+def reduced_parts(tiling: Tiling, operands: ProductOperands, *, squared: bool = False) -> Iterator[tuple[int, Tensor]]:
     """(first flat position, fp32 part of this rank) of the dense gradient, reduced over ranks, tile by tile.
 
     What is not finite counts as 0: the engine skips such a step on all ranks, and until then no rank may fail alone.
 
     Args:
         tiling: of the matrix.
-        grad_output_TO, input_TI: whose product is this rank's dense gradient.
+        operands: of this rank's dense gradient.
         squared: square each rank's gradient before the reduction (as the sum over R of its share of the mean).
 
     Collectives: one reduce-scatter per tile; every rank must read all of them.
     """
     for tile, (first, length) in enumerate(tiling.parts()):
         first_row = tile * tiling.rows_per_tile
-        dense_BI = gradient_block(grad_output_TO, input_TI, first_row, tiling.rows_per_tile)
+        dense_BI = gradient_block(operands, first_row, tiling.rows_per_tile)
         if squared:
             dense_BI = dense_BI.float().div_(world_size()).square_()
         part = reduce_tile(dense_BI.view(-1))
@@ -117,14 +116,14 @@ class TileSearch:
     def __init__(self, layer: SparseLinear, tile_bytes: int) -> None:
         self._layer, self._tile_bytes = layer, tile_bytes
 
-    def find(self, grad_output_TO: Tensor, input_TI: Tensor) -> Candidates:
+    def find(self, operands: ProductOperands) -> Candidates:
         """Collectives: one all-reduce of a number, and those of `reduced_parts` and `choose`."""
         # Ranks may see different numbers of tokens; their tiles must be the same.
-        row_bytes = torch.tensor([grad_output_TO.shape[0] * grad_output_TO.element_size()])
-        all_reduce_max_(row_bytes, grad_output_TO.device)
+        row_bytes = torch.tensor([operands.num_tokens * operands.grad_output_TO.element_size()])
+        all_reduce_max_(row_bytes, operands.input_TI.device)
         tiling = Tiling.within(self._layer.layout, self._tile_bytes, int(row_bytes))
-        largest = LargestKeys(self._layer.layout.num_slots, input_TI.device)
-        for first, part in reduced_parts(tiling, grad_output_TO, input_TI):
+        largest = LargestKeys(self._layer.layout.num_slots, operands.input_TI.device)
+        for first, part in reduced_parts(tiling, operands):
             largest.add(part, first)
         return choose(self._layer, tiling, largest)
 
@@ -147,10 +146,10 @@ class DenseAccumulator:
         self.sums = torch.zeros(sum(length for _, length in self._tiling.parts()), device=device)
         """fp32, the parts of all tiles one after the other."""
 
-    def add(self, grad_output_TO: Tensor, input_TI: Tensor) -> None:
+    def add(self, operands: ProductOperands) -> None:
         """Collectives: those of `reduced_parts`."""
         position = 0
-        for _, part in reduced_parts(self._tiling, grad_output_TO, input_TI, squared=self._squared):
+        for _, part in reduced_parts(self._tiling, operands, squared=self._squared):
             self.sums[position : position + part.numel()].add_(part)
             position += part.numel()
 

@@ -34,7 +34,8 @@ from torch import Tensor
 from sparse_ds.distributed.gradient_tiles import gather_slices, reduce_to_slices
 from sparse_ds.distributed.zero3_partitions import owned_range
 from sparse_ds.drop_grow.candidate_search import Candidates, DenseAccumulator, TileSearch
-from sparse_ds.kernels.values_gradient import rows_per_block, values_gradient
+from sparse_ds.kernels.product_operands import ProductOperands
+from sparse_ds.kernels.values_gradient import values_gradient
 from sparse_ds.sparse.sparse_linear import SparseLinear
 
 Source = Literal["micro_batch", "step", "phase"]
@@ -169,19 +170,23 @@ class EstimationPhase:
             torch.zeros(max(self._num_owned, 1), device=self._device) for _ in range(3)
         )
 
-    def _observe(self, name: str, grad_output_TO: Tensor, input_TI: Tensor) -> None:
+    def _observe(self, name: str, operands: ProductOperands) -> None:
         """In backward of one layer. Collectives: those named in the module docstring, in the order of the graph."""
         layer = self._layers[name]
         if name in self._accumulators:
-            self._accumulators[name].add(grad_output_TO, input_TI)
+            self._accumulators[name].add(operands)
         elif name not in self._candidates:
-            self._take_candidates(name, TileSearch(layer, self._tile_bytes).find(grad_output_TO, input_TI))
+            self._take_candidates(name, TileSearch(layer, self._tile_bytes).find(operands))
         else:
             indices_S = gather_slices(layer.values, self._candidates[name])
-            layout = layer.layout
-            num_rows = rows_per_block(layout.num_rows, layout.num_cols, self._tile_bytes // 16)
-            boundaries = layout.row_boundaries(indices_S, num_rows)
-            gradient_S = values_gradient(grad_output_TO, input_TI, indices_S, boundaries, num_rows)
+            row_boundaries = partial(layer.layout.row_boundaries, indices_S)
+            gradient_S = values_gradient(
+                operands,
+                indices_S,
+                row_boundaries,
+                choice=layer.path_choice,
+                scratch_elements=self._tile_bytes // 16,
+            )
             self._step_gradient[self._slices[name]].add_(reduce_to_slices(layer.values, gradient_S))
 
     def _take_candidates(self, name: str, found: Candidates) -> None:

@@ -99,6 +99,7 @@ class EngineState:
         self._check_counters(checkpoint, counters)
         for name, layer in self.layers.items():
             layer.num_active = counters.num_active[name]
+            layer.indices_changed()
         names: set[str] = set()
         if isinstance(self.optimizer, SparseSM3):
             for name in self.optimizer.accumulator_names:
