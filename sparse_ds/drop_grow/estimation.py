@@ -34,7 +34,8 @@ from torch import Tensor
 from sparse_ds.distributed.gradient_tiles import gather_slices, reduce_to_slices
 from sparse_ds.distributed.zero3_partitions import owned_range
 from sparse_ds.drop_grow.candidate_search import Candidates, DenseAccumulator, TileSearch
-from sparse_ds.kernels.values_gradient import rows_per_block, values_gradient
+from sparse_ds.kernels.product_operands import ProductOperands
+from sparse_ds.sparse.gradient_at import gradient_at
 from sparse_ds.sparse.sparse_linear import SparseLinear
 
 Source = Literal["micro_batch", "step", "phase"]
@@ -45,11 +46,11 @@ class CandidateSums:
     """This rank's slices of one matrix, like the slices of its values."""
 
     indices: Tensor
-    """[n] candidates."""
+    """[n] candidates: blocks of e weights."""
     gradient: Tensor
-    """[n] fp32, sum of g over the counted steps of the phase; with source `phase` the sum by which they were found."""
+    """[n * e] fp32, sum of g over the counted steps of the phase; with source `phase` that by which they were found."""
     gradient_square: Tensor
-    """[n] fp32, sum of g^2."""
+    """[n * e] fp32, sum of g^2."""
 
 
 class EstimationPhase:
@@ -154,7 +155,7 @@ class EstimationPhase:
         self._begin_phase()
         self.num_counted_steps = num_counted_steps
         for name, layer in self._layers.items():
-            size = owned_range(layer.values)[1]
+            size = owned_range(layer.values)[1] // layer.layout.block_elements
             self._candidates[name] = torch.zeros(size, dtype=layer.layout.index_dtype, device=self._device)
 
     def forget(self) -> None:
@@ -169,19 +170,25 @@ class EstimationPhase:
             torch.zeros(max(self._num_owned, 1), device=self._device) for _ in range(3)
         )
 
-    def _observe(self, name: str, grad_output_TO: Tensor, input_TI: Tensor) -> None:
+    def _observe(self, name: str, operands: ProductOperands) -> None:
         """In backward of one layer. Collectives: those named in the module docstring, in the order of the graph."""
         layer = self._layers[name]
         if name in self._accumulators:
-            self._accumulators[name].add(grad_output_TO, input_TI)
+            self._accumulators[name].add(operands)
         elif name not in self._candidates:
-            self._take_candidates(name, TileSearch(layer, self._tile_bytes).find(grad_output_TO, input_TI))
+            self._take_candidates(name, TileSearch(layer, self._tile_bytes).find(operands))
         else:
-            indices_S = gather_slices(layer.values, self._candidates[name])
             layout = layer.layout
-            num_rows = rows_per_block(layout.num_rows, layout.num_cols, self._tile_bytes // 16)
-            boundaries = layout.row_boundaries(indices_S, num_rows)
-            gradient_S = values_gradient(grad_output_TO, input_TI, indices_S, boundaries, num_rows)
+            indices_U = gather_slices(layer.values, self._candidates[name], layout.block_elements)
+            indices_U = indices_U[: layout.grid.num_slots]
+            gradient_S = gradient_at(
+                layout,
+                operands,
+                indices_U,
+                partial(layout.row_boundaries, indices_U),
+                choice=layer.path_choice,
+                scratch_elements=self._tile_bytes // 16,
+            )
             self._step_gradient[self._slices[name]].add_(reduce_to_slices(layer.values, gradient_S))
 
     def _take_candidates(self, name: str, found: Candidates) -> None:

@@ -1,66 +1,52 @@
-"""Gradient of the values of one sparse layer: the dense weight gradient, sampled at the indices, block by block.
+"""Gradient of the values of one sparse layer: the dense weight gradient at the indices.
 
     g_k = sum_t dY[t, row(k)] * X[t, col(k)]            (SFT paper, arXiv 2401.16405, appendix B)
 
-The dense gradient dW = dY^T X exists for one block of rows at a time, in a scratch buffer of bounded size.
+Two paths compute it, and `crossover` says which one is taken:
+
+    path        what is computed                         cost                  memory
+    sampled     the K inner products                     transposes, then K    the transposes
+    dense       dY^T X in blocks of rows, then a gather  one product           a scratch buffer
+
+No path synchronizes with a device, but the dense one at the first call after the indices changed.
 """
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import torch
 from torch import Tensor
 
-SCRATCH_ELEMENTS = 2**23
-"""Elements of the dense block that exists at one time (8.4 million: 16 MiB in bf16, 32 MiB in fp32): large enough
-that the product runs at full speed, small beside one layer of a 7B model (45 million weights)."""
-
-
-def rows_per_block(num_rows: int, num_cols: int, scratch_elements: int | None = None) -> int:
-    """Rows of dW computed at one time; by default as many as SCRATCH_ELEMENTS allows."""
-    return min(num_rows, max(1, (scratch_elements or SCRATCH_ELEMENTS) // num_cols))
+from sparse_ds.kernels.crossover import AUTO, PathChoice
+from sparse_ds.kernels.dense_row_blocks import RowBoundaries, dense_values_gradient
+from sparse_ds.kernels.product_operands import ProductOperands
+from sparse_ds.kernels.sampled_product import sampled_values_gradient
 
 
 def values_gradient(
-    grad_output_TO: Tensor, input_TI: Tensor, indices_K: Tensor, boundaries: list[int], num_rows_in_block: int
+    operands: ProductOperands,
+    indices_K: Tensor,
+    row_boundaries: RowBoundaries,
+    *,
+    choice: PathChoice = AUTO,
+    scratch_elements: int | None = None,
 ) -> Tensor:
-    """The gradient of K values.
+    """The gradient of K values. Deterministic.
 
     Args:
-        grad_output_TO: [T, O] gradient of the layer's output.
-        input_TI: [T, I] the layer's input, same dtype.
+        operands: of dW.
         indices_K: [K] flat row-major, ascending, int32 or int64.
-        boundaries: `SparseLayout.row_boundaries(indices_K, num_rows_in_block)`.
-        num_rows_in_block: rows of each block.
+        row_boundaries: of these indices; asked only if blocks of rows are computed.
+        choice: of the path.
+        scratch_elements: bound on the elements of a block of rows.
 
     Returns:
         [K] fp32. The products accumulate in fp32; on CPU with 16-bit inputs each sum is rounded to 16 bits once.
     """
-    num_cols = input_TI.shape[1]
-    gradient_K = torch.empty(indices_K.numel(), dtype=torch.float32, device=indices_K.device)
-    for block, (begin, end) in enumerate(pairwise(boundaries)):
-        if begin == end:
-            continue
-        first_row = block * num_rows_in_block
-        dense_BI = gradient_block(grad_output_TO, input_TI, first_row, num_rows_in_block)
-        positions = indices_K[begin:end].long() - first_row * num_cols
-        gradient_K[begin:end] = dense_BI.view(-1).index_select(0, positions)
-        del dense_BI  # or two of them would be there while the next one is made
-    return gradient_K
-
-
-def gradient_block(grad_output_TO: Tensor, input_TI: Tensor, first_row: int, num_rows: int) -> Tensor:
-    """Up to `num_rows` rows of the dense weight gradient, from `first_row` on.
-
-    Returns:
-        [B, I]; on CUDA fp32, on CPU the dtype of the input.
-    """
-    # Copying the small operand first makes the bf16 product on CPU about twice as fast.
-    grad_output_BT = grad_output_TO[:, first_row : first_row + num_rows].t().contiguous()
-    if input_TI.is_cuda and input_TI.dtype != torch.float32:
-        return torch.mm(grad_output_BT, input_TI, out_dtype=torch.float32)
-    return torch.mm(grad_output_BT, input_TI)
+    if indices_K.numel() == 0:
+        return torch.zeros(0, dtype=torch.float32, device=indices_K.device)
+    if choice.is_sampled(operands, indices_K.numel()):
+        return sampled_values_gradient(operands, indices_K)
+    return dense_values_gradient(operands, indices_K, row_boundaries, scratch_elements)
 
 
 def reference_values_gradient(grad_output_TO: Tensor, input_TI: Tensor, indices_K: Tensor) -> Tensor:

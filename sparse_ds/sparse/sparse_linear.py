@@ -5,7 +5,7 @@
     packed      [ceil(N / 2)] uint8                 no       partitioned  \\
     absmax      [ceil(N / 64)] fp32 or uint8        no       partitioned   NF4 base (`kernels.nf4`)
     nested_statistics  [...] fp32, optional         no       partitioned  /
-    indices     [S] int32 or int64, ascending       no       partitioned
+    indices     [S / e] int32 or int64, ascending   no       partitioned   (e weights a block, `SparseLayout`)
     values      [S] fp32                            yes      partitioned
     bias        [O], optional                       no       partitioned   (or a `SparseVector` of its own)
 
@@ -13,8 +13,8 @@
     backward    dX = dY W'            W' rebuilt the same way from the gathered parameters
                 d values = (dY^T X) at indices, without the dense product as a whole
 
-Of the S slots the first K = `num_active` hold the active weights. Only where events may move weights between matrices
-are there more; slots behind K are 0, get the gradient 0 and have no effect.
+Of the S slots the first K = `num_active` hold the active weights. Only where events may move weights between matrices,
+or to fill up a rank's last block, are there more; slots behind K are 0, get the gradient 0 and have no effect.
 
 All parameters belong to the layer itself, so DeepSpeed gathers them together before its forward and its backward and
 releases them after. Rules that keep this safe under prefetch, persistence, offload and activation checkpointing: only
@@ -33,14 +33,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+from sparse_ds.kernels import triton_kernels
 from sparse_ds.kernels.apply_deltas import apply_deltas_, deltas_applied, hidden_counts
+from sparse_ds.kernels.crossover import AUTO, PathChoice
 from sparse_ds.kernels.nf4 import dequantize_nf4
-from sparse_ds.kernels.values_gradient import rows_per_block, values_gradient
+from sparse_ds.kernels.product_operands import InputUse, ProductOperands, use_input
+from sparse_ds.sparse.gradient_at import gradient_at
 from sparse_ds.sparse.layout import SparseLayout
 from sparse_ds.sparse.sparse_vector import SparseVector
 
-ObserveGradient = Callable[[Tensor, Tensor], None]
-"""`observe(grad_output_TO, input_TI)`: the dense weight gradient is grad_output_TO^T input_TI."""
+ObserveGradient = Callable[[ProductOperands], None]
+"""`observe(operands)`: what the dense weight gradient is made of; not to be kept beyond the call."""
 
 
 class SparseLinear(nn.Module):
@@ -80,6 +83,10 @@ class SparseLinear(nn.Module):
         """K now."""
         self.observe_gradient: ObserveGradient | None = None
         """Called in backward with what the dense weight gradient is made of; an estimation phase sets it."""
+        self.path_choice: PathChoice = AUTO
+        """How the gradient of the values is computed."""
+        self._row_boundaries: dict[int, list[int]] = {}
+        self._tile_begins: Tensor | None = None
         for name in ("weight", "packed", "absmax", "nested_statistics", "indices", "values"):
             self.register_parameter(name, tensors.get(name))
         if sparse_bias is None:
@@ -90,7 +97,9 @@ class SparseLinear(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         """[..., I] -> [..., O]."""
         bias_O = self.bias() if isinstance(self.bias, SparseVector) else self.bias
-        output: Tensor = _SparseLinearFunction.apply(input, self.values, bias_O, self)  # type: ignore[no-untyped-call]
+        output: Tensor = _SparseLinearFunction.apply(  # type: ignore[no-untyped-call]
+            input, self.values, bias_O, self, use_input(input)
+        )
         return output
 
     def extra_repr(self) -> str:
@@ -99,46 +108,75 @@ class SparseLinear(nn.Module):
 
     @property
     def active_indices(self) -> Tensor:
-        """[K] of the gathered indices."""
-        return self.indices.data[: self.num_active]
+        """[K / e] of the gathered indices."""
+        return self.indices.data[: self.num_active // self.layout.block_elements]
+
+    def indices_changed(self) -> None:
+        """To be called after every change of `indices` or `num_active`: what is known about them is dropped."""
+        self._row_boundaries.clear()
+        self._tile_begins = None
+
+    def row_boundaries(self, rows_per_block: int) -> list[int]:
+        """`SparseLayout.row_boundaries` of the active indices, which must be gathered if they are not known yet.
+
+        One device synchronization, at the first call after the indices changed.
+        """
+        if rows_per_block not in self._row_boundaries:
+            self._row_boundaries[rows_per_block] = self.layout.row_boundaries(self.active_indices, rows_per_block)
+        return self._row_boundaries[rows_per_block]
 
     @contextmanager
     def merged_weight(self) -> Iterator[Tensor]:
         """Within the context: W' [O, I]. Parameters must be gathered. A dense base is edited and restored."""
-        shape = (self.layout.num_rows, self.layout.num_cols)
         indices_K, values_K = self.active_indices, self.values.data[: self.num_active]
+        if self.layout.block_elements > 1:
+            indices_K, values_K = self.layout.strips_of(indices_K), values_K.view(-1, self.layout.block_cols)
         if self.packed is not None:
-            assert self.absmax is not None
-            nested = None if self.nested_statistics is None else self.nested_statistics.data
-            weight_OI = dequantize_nf4(
-                self.packed.data, self.absmax.data, nested, shape=shape, dtype=self.compute_dtype
-            )
-            self._note_hidden(weight_OI, indices_K, values_K)
-            yield apply_deltas_(weight_OI, indices_K, values_K)
+            yield self._dequantized(indices_K, values_K)
         else:
             assert self.weight is not None
             self._note_hidden(self.weight.data, indices_K, values_K)
             with deltas_applied(self.weight.data, indices_K, values_K) as weight_OI:
                 yield weight_OI
 
+    def _dequantized(self, indices_K: Tensor, values_K: Tensor) -> Tensor:
+        """W' [O, I] of a 4-bit base, a new tensor."""
+        assert self.packed is not None and self.absmax is not None
+        shape, dtype = (self.layout.num_rows, self.layout.num_cols), self.compute_dtype
+        nested = None if self.nested_statistics is None else self.nested_statistics.data
+        stored = self.packed.data, self.absmax.data, nested
+        if triton_kernels.available(self.packed) and not self.count_hidden:
+            if self._tile_begins is None and values_K.dim() == 1:
+                self._tile_begins = triton_kernels.tile_begins(indices_K, self.layout.num_elements)
+            return triton_kernels.dequantize_with_deltas(
+                *stored, indices_K, values_K, shape=shape, dtype=dtype, begins=self._tile_begins
+            )
+        weight_OI = dequantize_nf4(*stored, shape=shape, dtype=dtype)
+        self._note_hidden(weight_OI, indices_K, values_K)
+        return apply_deltas_(weight_OI, indices_K, values_K)
+
     def _note_hidden(self, weight_OI: Tensor, indices_K: Tensor, values_K: Tensor) -> None:
         if self.count_hidden:
-            self.hidden_deltas = hidden_counts(weight_OI.view(-1).index_select(0, indices_K), values_K)
+            self.hidden_deltas = hidden_counts(
+                weight_OI.view(-1, *values_K.shape[1:]).index_select(0, indices_K), values_K
+            )
 
 
 class _SparseLinearFunction(torch.autograd.Function):
     """The product and its gradients; `layer` carries the gathered parameters (not saved: they are released)."""
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, values: Tensor, bias_O: Tensor | None, layer: SparseLinear) -> Tensor:
-        ctx.layer = layer
+    def forward(
+        ctx: Any, input: Tensor, values: Tensor, bias_O: Tensor | None, layer: SparseLinear, input_use: InputUse
+    ) -> Tensor:
+        ctx.layer, ctx.input_use = layer, input_use
         ctx.save_for_backward(input)
         with layer.merged_weight() as weight_OI:
             # The bias inside the product, as in nn.Linear: in 16 bits the sum is rounded once.
             return F.linear(input, weight_OI, bias_O)
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
         (input,) = ctx.saved_tensors
         layer: SparseLinear = ctx.layer
         layout = layer.layout
@@ -147,19 +185,20 @@ class _SparseLinearFunction(torch.autograd.Function):
             with layer.merged_weight() as weight_OI:
                 grad_input = grad_output.matmul(weight_OI)
         if ctx.needs_input_grad[1]:
-            grad_output_TO = grad_output.reshape(-1, layout.num_rows)
-            input_TI = input.reshape(-1, layout.num_cols)
+            operands = ProductOperands(
+                grad_output.reshape(-1, layout.num_rows), input.reshape(-1, layout.num_cols), ctx.input_use
+            )
             if layer.observe_gradient is not None:
-                layer.observe_gradient(grad_output_TO, input_TI)
-            indices_K = layer.active_indices
-            num_rows = rows_per_block(layout.num_rows, layout.num_cols)
-            boundaries = layout.row_boundaries(indices_K, num_rows)
-            grad_values = values_gradient(grad_output_TO, input_TI, indices_K, boundaries, num_rows)
-            if layout.spare_slots:
-                grad_values = F.pad(grad_values, (0, layout.num_slots - layer.num_active))
+                layer.observe_gradient(operands)
+            grad_values = gradient_at(
+                layout, operands, layer.active_indices, layer.row_boundaries, choice=layer.path_choice
+            )
+            operands.done()
+            if layout.num_stored > layer.num_active:
+                grad_values = F.pad(grad_values, (0, layout.num_stored - layer.num_active))
         if ctx.needs_input_grad[2]:
             grad_bias = grad_output.reshape(-1, layout.num_rows).sum(0)
-        return grad_input, grad_values, grad_bias, None
+        return grad_input, grad_values, grad_bias, None, None
 
 
 SparseLayer = SparseLinear | SparseVector

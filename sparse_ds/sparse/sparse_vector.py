@@ -59,6 +59,14 @@ class SparseVector(nn.Module):
         merged_D: Tensor = _MergedVector.apply(self.values, self)  # type: ignore[no-untyped-call]
         return merged_D
 
+    @property
+    def active_indices(self) -> Tensor:
+        """[K] of the gathered indices."""
+        return self.indices.data[: self.num_active]
+
+    def indices_changed(self) -> None:
+        """Drop what is cached about the indices; called by everything that writes them."""
+
     def extra_repr(self) -> str:
         return f"{self.layout.num_rows}, active={self.num_active}"
 
@@ -111,7 +119,7 @@ class SparseLayerNorm(SparseVector):
 class _MergedVector(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor, vector: SparseVector) -> Tensor:
-        weight_D, indices_K = vector.weight.data, vector.indices.data.clone()
+        weight_D, indices_K = vector.weight.data, vector.active_indices.clone()
         ctx.save_for_backward(indices_K)
         if vector.count_hidden:
             vector.hidden_deltas = hidden_counts(weight_D.index_select(0, indices_K), values)

@@ -19,7 +19,7 @@ from exact_run import NUM_SAMPLES, ExactRun, run_config
 from memory_run import peak_bytes
 from ranks import run_ranks
 
-from sparse_ds.kernels import values_gradient
+from sparse_ds.kernels import dense_row_blocks
 from sparse_ds.selection.bernoulli_subset import bernoulli_subset
 from sparse_ds.selection.outer_topk import outer_product_topk
 from sparse_ds.selection.random_subset import random_subset
@@ -62,7 +62,7 @@ def measure(shape: tuple[int, int], method: str) -> dict[str, int]:
 
 def measure_all() -> dict[str, list[dict[str, int]]]:
     torch.set_num_threads(1)
-    values_gradient.SCRATCH_ELEMENTS = SCRATCH_BYTES // 4
+    dense_row_blocks.SCRATCH_ELEMENTS = SCRATCH_BYTES // 4
     return {method: [measure(shape, method) for shape in SIZES] for method in METHODS}
 
 

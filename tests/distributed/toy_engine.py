@@ -19,12 +19,12 @@ from sparse_ds.distributed.zero3_partitions import (
     MasterWeights,
     all_reduce_max_,
     gather_partitions,
-    local_partition,
 )
 from sparse_ds.drop_grow.weight_states import WeightStates
 from sparse_ds.optim.sm3 import SparseSM3
 from sparse_ds.optim.sparse_adamw import SparseAdamW
 from sparse_ds.selection.random_subset import random_subset
+from sparse_ds.sparse.index_storage import own_indices
 from sparse_ds.sparse.layout import SparseLayout
 from sparse_ds.sparse.sparse_linear import SparseLinear
 from sparse_ds.training.setup import bind_optimizer, make_optimizer
@@ -91,7 +91,7 @@ class Toy:
         states = self.weight_states.read()
         gathered = {}
         for name, layer in self.layers.items():
-            parts = {"indices": local_partition(layer.indices), "values": self.master.view(layer.values)}
+            parts = {"indices": own_indices(layer), "values": self.master.view(layer.values)}
             parts |= {state: self.master.view(layer.values, flats) for state, flats in states.items()}
             whole = gather_partitions([layer.values] * len(parts), list(parts.values()), CPU)
             gathered[name] = dict(zip(parts, whole, strict=True))

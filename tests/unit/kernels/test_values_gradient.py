@@ -1,31 +1,18 @@
-"""The gradient of the values against the whole dense gradient in fp64."""
+"""The gradient of the values, on both paths, against the whole dense gradient in fp64."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from gradient_cases import DENSE, SAMPLED, computed, random_case
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparse_ds.kernels.values_gradient import reference_values_gradient, rows_per_block, values_gradient
-from sparse_ds.sparse.layout import SparseLayout
+from sparse_ds.kernels.crossover import AUTO, PathChoice
+from sparse_ds.kernels.values_gradient import reference_values_gradient
 
-
-def blockwise(
-    grad_output: torch.Tensor, input: torch.Tensor, indices: torch.Tensor, scratch_elements: int
-) -> torch.Tensor:
-    layout = SparseLayout(grad_output.shape[1], input.shape[1], indices.numel())
-    num_rows = rows_per_block(layout.num_rows, layout.num_cols, scratch_elements)
-    return values_gradient(grad_output, input, indices, layout.row_boundaries(indices, num_rows), num_rows)
-
-
-def random_case(
-    num_tokens: int, num_rows: int, num_cols: int, num_active: int, seed: int = 0
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    indices = torch.randperm(num_rows * num_cols, generator=generator)[:num_active].sort().values
-    grad_output = torch.randn(num_tokens, num_rows, generator=generator)
-    return grad_output, torch.randn(num_tokens, num_cols, generator=generator), indices.int()
+PATHS = [DENSE, SAMPLED, AUTO]
+both_paths = pytest.mark.parametrize("choice", [DENSE, SAMPLED], ids=["dense", "sampled"])
 
 
 @given(
@@ -33,50 +20,84 @@ def random_case(
     num_rows=st.integers(1, 23),
     num_cols=st.integers(1, 19),
     share=st.sampled_from(["none", "one", "some", "all"]),
-    scratch_elements=st.sampled_from([1, 7, 40, 10_000]),
+    scratch_elements=st.sampled_from([None, 1, 7, 40, 10_000]),
+    choice=st.sampled_from(PATHS),
     seed=st.integers(0, 99),
 )
 def test_equals_the_fp64_reference(
-    num_tokens: int, num_rows: int, num_cols: int, share: str, scratch_elements: int, seed: int
+    num_tokens: int,
+    num_rows: int,
+    num_cols: int,
+    share: str,
+    scratch_elements: int | None,
+    choice: PathChoice,
+    seed: int,
 ) -> None:
     num_elements = num_rows * num_cols
     num_active = {"none": 0, "one": 1, "some": -(-num_elements // 3), "all": num_elements}[share]
     grad_output, input, indices = random_case(num_tokens, num_rows, num_cols, num_active, seed)
-    result = blockwise(grad_output, input, indices, scratch_elements)
+    result = computed(grad_output, input, indices, choice, scratch_elements)
     assert result.shape == (num_active,) and result.dtype == torch.float32
     # fp32 sums of at most 9 products of numbers below about 5.
     expected = reference_values_gradient(grad_output, input, indices)
     torch.testing.assert_close(result.double(), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("scratch_elements", [1, 50, 200, 10**6])
-def test_bf16_rounds_each_sum_once(scratch_elements: int) -> None:
-    grad_output, input, indices = random_case(33, 17, 21, 120)
-    grad_output, input = grad_output.bfloat16(), input.bfloat16()
-    result = blockwise(grad_output, input, indices, scratch_elements).double()
+@pytest.mark.parametrize("scratch_elements", [1, 50, 10**6])
+@pytest.mark.parametrize("num_tokens", [33, 1000])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@both_paths
+def test_16_bits_round_each_sum_once(
+    choice: PathChoice, dtype: torch.dtype, num_tokens: int, scratch_elements: int
+) -> None:
+    grad_output, input, indices = random_case(num_tokens, 17, 21, 120)
+    grad_output, input = grad_output.to(dtype), input.to(dtype)
+    result = computed(grad_output, input, indices, choice, scratch_elements).double()
     expected = reference_values_gradient(grad_output, input, indices)
-    # The products accumulate in fp32; rounding the sum to 8 bits of precision costs at most 2^-9 of it, and the fp32
-    # accumulation of 33 products far less (2^-24 each of terms below 20).
-    torch.testing.assert_close(result, expected, rtol=2**-8, atol=1e-4)
+    # The products accumulate in fp32: rounding the sum costs at most half a unit in its last place (2^-9 or 2^-12 of
+    # it), and the accumulation of 1000 products of numbers below 5 far less.
+    torch.testing.assert_close(result, expected, rtol=torch.finfo(dtype).eps * 0.51, atol=2e-4)
     assert not torch.equal(result, expected)
 
 
-def test_long_indices_and_int32_indices_give_the_same() -> None:
+@both_paths
+def test_large_sums_of_small_terms_are_not_lost(choice: PathChoice) -> None:
+    """4096 terms of 1: a bf16 accumulator would stop at 256."""
+    ones = torch.ones(4096, 8, dtype=torch.bfloat16)
+    result = computed(ones, ones, torch.arange(0, 64, 5, dtype=torch.int32), choice)
+    assert result.tolist() == [4096.0] * 13
+
+
+@both_paths
+def test_long_indices_and_int32_indices_give_the_same(choice: PathChoice) -> None:
     grad_output, input, indices = random_case(4, 6, 5, 11)
-    assert torch.equal(blockwise(grad_output, input, indices, 10), blockwise(grad_output, input, indices.long(), 10))
+    assert torch.equal(
+        computed(grad_output, input, indices, choice, 10), computed(grad_output, input, indices.long(), choice, 10)
+    )
 
 
-def test_blocks_without_indices_are_not_computed() -> None:
+@both_paths
+def test_rows_without_indices_are_not_looked_at(choice: PathChoice) -> None:
     """Rows 4 to 7 have none: with NaN there, the result is still finite."""
     grad_output, input, _ = random_case(3, 8, 5, 0)
     grad_output[:, 4:] = torch.nan
-    result = blockwise(grad_output, input, torch.tensor([0, 7, 19], dtype=torch.int32), scratch_elements=20)
-    assert bool(result.isfinite().all())
+    indices = torch.tensor([0, 7, 19], dtype=torch.int32)
+    assert bool(computed(grad_output, input, indices, choice, scratch_elements=20).isfinite().all())
 
 
-@pytest.mark.parametrize(
-    ("num_rows", "num_cols", "scratch_elements", "expected"),
-    [(100, 10, 1000, 100), (100, 10, 999, 99), (100, 10, 9, 1), (3, 10, 10**6, 3), (1, 1, 1, 1)],
-)
-def test_rows_per_block_fills_the_scratch(num_rows: int, num_cols: int, scratch_elements: int, expected: int) -> None:
-    assert rows_per_block(num_rows, num_cols, scratch_elements) == expected
+@both_paths
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_strided_operands_are_read_as_they_are(choice: PathChoice, dtype: torch.dtype) -> None:
+    """As autograd may hand them over: a broadcast gradient, and an input that is a part of a larger tensor."""
+    _, wide, indices = random_case(6, 7, 10, 20)
+    indices = indices[indices < 7 * 5]
+    grad_output, input = torch.full((), 0.5, dtype=dtype).expand(6, 7), wide.to(dtype)[:, ::2]
+    result = computed(grad_output, input, indices, choice)
+    assert torch.equal(result, computed(grad_output.contiguous(), input.contiguous(), indices, choice))
+
+
+@both_paths
+def test_is_deterministic(choice: PathChoice) -> None:
+    case = random_case(300, 96, 80, 700)
+    first = computed(*case, choice, 2000)
+    assert all(torch.equal(first, computed(*case, choice, 2000)) for _ in range(3))
