@@ -70,7 +70,6 @@ def one_step(settings: dict[str, Any], pieces: Pieces | None) -> tuple[float, di
 
 def all_variants() -> dict[str, tuple[float, dict[str, list[float]]]]:
     return {
-        "loss in the head": one_step({}, LOSS_IN_HEAD),
         "loss in the head, checkpointing": one_step({"gradient_checkpointing": True}, LOSS_IN_HEAD),
         # Last: the rotary embedding stays exchanged in this process.
         "compiled, checkpointing": one_step({"compile": True, "gradient_checkpointing": True}, None),
