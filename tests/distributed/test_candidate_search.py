@@ -11,6 +11,7 @@ from sparse_ds.distributed.born_partitioned import PartitionedParameters
 from sparse_ds.distributed.gradient_tiles import gather_slices
 from sparse_ds.distributed.process_group import rank
 from sparse_ds.drop_grow.candidate_search import TileSearch
+from sparse_ds.kernels.product_operands import ProductOperands
 from sparse_ds.sparse.layout import SparseLayout
 
 NUM_ROWS, NUM_COLS, NUM_CANDIDATES = 61, 24, 200
@@ -29,7 +30,7 @@ def batch_of(number: int) -> tuple[Tensor, Tensor]:
 
 def find() -> list[list[float]]:
     layer = make_layer(PartitionedParameters(), SparseLayout(NUM_ROWS, NUM_COLS, NUM_CANDIDATES), "layer")
-    found = TileSearch(layer, TILE_BYTES).find(*batch_of(rank()))
+    found = TileSearch(layer, TILE_BYTES).find(ProductOperands(*batch_of(rank())))
     return [gather_slices(layer.values, part).tolist() for part in (found.indices, found.gradient)]
 
 
