@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import Parameter
 from transformers import PreTrainedModel, TrainingArguments
 
@@ -165,25 +165,26 @@ def prepare_model(
             layer.path_choice = path_choice
     num_sparse = sum(layer.num_active for layer in layers.values())
     num_trained = num_sparse + num_head_weights if layouts else num_weights
-    gathered_block = _gather_blocks(config, model) if layouts else None
+    gathered_block = None
+    if layouts and gathers_blocks(config, world_size(), _largest_block(model)):
+        gathered_block = gather_blocks(model)
     return PreparedModel(model, layers, num_trained, num_weights, loaded, classification, gathered_block)
 
 
-def _gather_blocks(config: RunConfig, model: PreTrainedModel) -> BlockSizes | None:
+def gather_blocks(model: nn.Module) -> BlockSizes:
+    """Have the tensors of each transformer block gathered together; before the engine is made. The largest block."""
     blocks = [model.get_submodule(name) for name in find_blocks(model)]
-    sizes = [
-        BlockSizes(
-            sum(full_size(each) for each in block.parameters()),
-            sum(full_size(each) for each in block.parameters() if each.requires_grad),
-        )
-        for block in blocks
-    ]
-    largest = BlockSizes(max(size.num_elements for size in sizes), max(size.num_trained for size in sizes))
-    if not gathers_blocks(config, world_size(), largest):
-        return None
     for block in blocks:
         gather_as_one(block)
-    return largest
+    return _largest_block(model)
+
+
+def _largest_block(model: nn.Module) -> BlockSizes:
+    blocks = [list(model.get_submodule(name).parameters()) for name in find_blocks(model)]
+    return BlockSizes(
+        num_elements=max(sum(full_size(each) for each in block) for block in blocks),
+        num_trained=max(sum(full_size(each) for each in block if each.requires_grad) for block in blocks),
+    )
 
 
 def choose_path(config: RunConfig, layouts: Mapping[str, SparseLayout]) -> PathChoice:
