@@ -46,6 +46,9 @@ METHOD_KEYS = (
 ADAPTER_KEYS = ("adapters", "base_weights", "verify", "index_encoding")
 """Of `export`: what is about an adapter, which a run that trains every weight does not have."""
 
+TRAIN_KEYS = ("values_gradient", "values_gradient_crossover")
+"""Of `train`: what is about sparse weights, which a run that trains every weight does not have."""
+
 
 def idle_keys(method_name: str) -> dict[str, tuple[str, ...]]:
     """Section -> keys that this method does not use; nothing for a name that is no method."""
@@ -58,6 +61,7 @@ def idle_keys(method_name: str) -> dict[str, tuple[str, ...]]:
     return {
         "method": tuple(key for key in METHOD_KEYS if key not in facts.used_keys),
         "optimizer": optimizer,
+        "train": TRAIN_KEYS if facts.trains_all else (),
         "export": ADAPTER_KEYS if facts.trains_all else (),
     }
 
@@ -230,6 +234,11 @@ def _train_conflicts(train: TrainConfig, checkpoint: CheckpointConfig | None) ->
         yield (
             f"train.early_stopping_patience: got {train.early_stopping_patience}, but train.eval_interval_steps is "
             "null: there are no evaluations to count. Set it, or remove train.early_stopping_patience."
+        )
+    if train.values_gradient != "auto" and train.values_gradient_crossover is not None:
+        yield (
+            f"train.values_gradient_crossover: got {train.values_gradient_crossover}, but train.values_gradient is "
+            f"{train.values_gradient}: nothing is chosen by the density. Leave one of the two out."
         )
     if train.overwrite and checkpoint is not None and checkpoint.resume == "auto":
         yield (

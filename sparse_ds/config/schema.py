@@ -240,6 +240,10 @@ class OptimizerConfig(_Section):
     """Share of all optimizer steps in which the learning rate rises from 0, a fraction from 0 to below 1."""
 
 
+Crossover = Annotated[float, Field(gt=0, le=1)]
+Shape = Annotated[str, Field(pattern=r"^[1-9][0-9]*x[1-9][0-9]*$")]
+
+
 class TrainConfig(_Section):
     """Length, batches and place of the run."""
 
@@ -270,6 +274,13 @@ class TrainConfig(_Section):
     """Where to train; `auto`: on GPUs where there are any."""
     cpu_threads: PositiveInt | None = None
     """Threads of one rank on the CPU, 1 or more; null: the machine's cores shared by its ranks."""
+    values_gradient: Literal["auto", "sampled", "dense"] = "auto"
+    """How the gradient of the trained weights is computed: `sampled`, each by itself; `dense`, in blocks of whole rows
+    out of which they are taken; `auto`: sampled where the density is low enough (`train.values_gradient_crossover`)."""
+    values_gradient_crossover: Crossover | dict[Shape, Crossover] | None = None
+    """Of `train.values_gradient` auto: the density up to which it is sampled, above 0 up to 1, or such densities by the
+    shape of the matrix (`{"4096x11008": 0.03}`, output x input); null, and for other shapes: what was measured for this
+    kind of device. `scripts/bench_kernels.py --crossover` measures it."""
     early_stopping_patience: PositiveInt | None = None
     """End the training after so many evaluations in a row, 1 or more, without a held-out loss below all earlier ones;
     null: never. Needs `train.eval_interval_steps`."""
@@ -420,7 +431,7 @@ def _find_idle_keys(config: RunConfig) -> dict[str, tuple[str, ...]]:
     idle = {**idle_keys(config.method.name), **find_idle_task_keys(config.model)}
     idle["data"] = (*idle.get("data", ()), *find_idle_data_keys(config.data, config.model))
     if config.train.max_steps is not None:
-        idle["train"] = ("num_epochs",)
+        idle["train"] = (*idle.get("train", ()), "num_epochs")
     return idle
 
 

@@ -20,6 +20,7 @@ from sparse_ds.distributed.zero3_partitions import MasterWeights, OwnedSlice, fu
 from sparse_ds.drop_grow.estimation import EstimationPhase
 from sparse_ds.drop_grow.event import DropAndGrow
 from sparse_ds.drop_grow.weight_states import WeightStates
+from sparse_ds.kernels.crossover import AUTO, PathChoice
 from sparse_ds.model.base_checkpoint import BaseCheckpoint
 from sparse_ds.model.base_tensors import BaseSettings, check_base, list_base_tensors
 from sparse_ds.model.build import (
@@ -118,6 +119,7 @@ def prepare_model(
         train_norms=config.method.train_norms,
     )
     layouts: dict[str, SparseLayout] = {}
+    path_choice = AUTO
     with agreement("building the model"):
         model = empty_model(checkpoint, base, classification)
         num_weights = sum(parameter.numel() for parameter in model.parameters())
@@ -130,6 +132,7 @@ def prepare_model(
         if not trains_all:
             layouts = plan_layouts(model, sparse)
             check_accumulator_limit(config, layouts, world_size())
+            path_choice = choose_path(config, layouts)
             vectors = plan_vector_layouts(model, layouts, sparse)
         tensors = list_base_tensors(model, layouts, base)
         tied_copies = check_base(checkpoint, tensors, model, config.model.unused_tensors)
@@ -144,9 +147,32 @@ def prepare_model(
     with ProgressBytes("loading the base model", num_bytes, enabled=show_progress) as progress:
         loaded = load_base(checkpoint, tensors, device, tied_copies=tied_copies, on_bytes=progress.add)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, SparseLayer)}
+    for layer in layers.values():
+        if isinstance(layer, SparseLinear):
+            layer.path_choice = path_choice
     num_sparse = sum(layer.num_active for layer in layers.values())
     num_trained = num_sparse + num_head_weights if layouts else num_weights
     return PreparedModel(model, layers, num_trained, num_weights, loaded, classification)
+
+
+def choose_path(config: RunConfig, layouts: Mapping[str, SparseLayout]) -> PathChoice:
+    """How the gradient of the values is computed.
+
+    Raises:
+        UserError: a crossover is given for a shape that no target matrix has.
+    """
+    crossover = config.train.values_gradient_crossover
+    if not isinstance(crossover, dict):
+        return PathChoice(config.train.values_gradient, crossover)
+    shapes = {f"{layout.num_rows}x{layout.num_cols}" for layout in layouts.values()}
+    unknown = sorted(set(crossover) - shapes)
+    if unknown:
+        raise UserError(
+            f"train.values_gradient_crossover: got {', '.join(unknown)}, but no target matrix has this shape (output x "
+            f"input); expected some of {', '.join(sorted(shapes))}."
+        )
+    by_shape = {(int(shape.split("x")[0]), int(shape.split("x")[1])): value for shape, value in crossover.items()}
+    return PathChoice(config.train.values_gradient, crossover_of=by_shape)
 
 
 def make_optimizer(config: RunConfig, parameters: list[Parameter]) -> torch.optim.Optimizer:

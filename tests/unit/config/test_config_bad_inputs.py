@@ -23,6 +23,15 @@ BAD_OVERRIDES = [
     ("train.overwrite=1", r"train\.overwrite: got 1 \(integer\), expected true or false\."),
     ("train.seed=4294967296", r"train\.seed: got 4294967296 \(integer\), expected an integer >= 0 and < 4294967296\."),
     ("train.device=tpu", r'train\.device: got "tpu" \(text\), expected one of auto, cpu, cuda\.'),
+    (
+        "train.values_gradient=fast",
+        r'train\.values_gradient: got "fast" \(text\), expected one of auto, sampled',
+    ),
+    (
+        "train.values_gradient_crossover=2",
+        r"train\.values_gradient_crossover: got 2 \(integer\), expected a number > 0",
+    ),
+    ('train.values_gradient_crossover={"4096": 0.1}', r"train\.values_gradient_crossover: got \{\"4096\": 0\.1\}"),
     ("train.max_steps=0", r"train\.max_steps: got 0 \(integer\), expected an integer >= 1 or null\."),
     ("train.num_epochs=0", r"train\.num_epochs: got 0 \(integer\), expected a number > 0\."),
     ("train.output_dir=", r'train\.output_dir: got "" \(text\), expected text that is not empty\.'),

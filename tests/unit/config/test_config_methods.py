@@ -11,7 +11,7 @@ import pytest
 
 import sparse_ds.selection.methods
 from sparse_ds.config import MethodConfig, OptimizerConfig, RunConfig, UserError, parse_config
-from sparse_ds.config.conflicts import METHOD_KEYS, OPTIMIZER_KEYS, idle_keys
+from sparse_ds.config.conflicts import METHOD_KEYS, OPTIMIZER_KEYS, TRAIN_KEYS, idle_keys
 from sparse_ds.config.methods import MethodFacts, all_methods
 
 VALUES: dict[str, Any] = {
@@ -158,3 +158,15 @@ def test_a_run_that_ends_before_the_first_event_is_warned_of(method: str) -> Non
     warnings = make(method, train__max_steps=4).warnings()
     has_events = all_methods()[method].events != "none"
     assert [text.split(":")[0] for text in warnings] == ["No drop-and-grow event will happen"] * has_events
+
+
+def test_a_run_of_every_weight_has_no_gradient_of_sparse_values() -> None:
+    for key, value in zip(TRAIN_KEYS, ("dense", 0.01), strict=True):
+        with pytest.raises(UserError, match=rf"train\.{key}: given, but method\.name full does not use it"):
+            make("full", **{f"train__{key}": value})
+    assert not set(TRAIN_KEYS) & set(make("full", train__max_steps=3).to_dict()["train"])
+
+
+def test_a_crossover_where_nothing_is_chosen_is_refused() -> None:
+    with pytest.raises(UserError, match="nothing is chosen by the density"):
+        make("sft_ma", train__values_gradient="sampled", train__values_gradient_crossover=0.1)

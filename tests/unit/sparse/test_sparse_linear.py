@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import sparse_ds.kernels.dense_row_blocks as dense_row_blocks
 import sparse_ds.sparse.sparse_linear as sparse_linear_module
+from sparse_ds.kernels.crossover import PathChoice
 from sparse_ds.kernels.nf4 import quantize_nf4
 from sparse_ds.kernels.product_operands import ProductOperands
 from sparse_ds.sparse.layout import SparseLayout
@@ -77,8 +78,10 @@ def gradients(output: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
 @pytest.mark.parametrize("shape", [(COLS,), (1, COLS), (6, COLS), (2, 3, COLS)])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("base", BASES)
-def test_equals_the_dense_oracle(base: str, bias: bool, shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("path", ["sampled", "dense"])
+def test_equals_the_dense_oracle(path: str, base: str, bias: bool, shape: tuple[int, ...]) -> None:
     layer, weight_OI = make_layer(base, bias=bias)
+    layer.path_choice = PathChoice(path)  # type: ignore[arg-type]
     before = base_bytes(layer)
     input = torch.randn(shape, generator=torch.Generator().manual_seed(4)).to(weight_OI.dtype).requires_grad_()
     oracle_input = input.detach().clone().requires_grad_()
@@ -186,9 +189,11 @@ def test_spare_slots_have_no_effect_and_the_gradient_0(base: str, num_active: in
     assert torch.equal(roomy.active_indices, layer.indices)
 
 
-def test_the_number_of_active_weights_may_change() -> None:
+@pytest.mark.parametrize("path", ["sampled", "dense"])
+def test_the_number_of_active_weights_may_change(path: str) -> None:
     """As an event with redistribution does it: slots that were spare become active, or the other way around."""
     roomy, weight_OI = make_layer("fp32", num_active=10, spare_slots=5)
+    roomy.path_choice = PathChoice(path)  # type: ignore[arg-type]
     input = torch.randn(4, COLS)
     for num_active in (15, 3, 0):
         indices = torch.randperm(ROWS * COLS)[:num_active].sort().values.int()
@@ -201,6 +206,8 @@ def test_the_number_of_active_weights_may_change() -> None:
         output = roomy(input)
         assert torch.equal(output, F.linear(input, weight_OI + deltas_N.view(ROWS, COLS)))
         (grad_values,) = gradients(output, roomy.values)
+        dense_OI = torch.randn(4, ROWS, generator=torch.Generator().manual_seed(9)).t() @ input
+        torch.testing.assert_close(grad_values[:num_active], dense_OI.view(-1)[indices.long()], rtol=1e-5, atol=1e-5)
         assert grad_values.shape == (15,) and not grad_values[num_active:].any()
         assert grad_values[:num_active].count_nonzero() == num_active
         assert f"active={num_active}" in repr(roomy)
@@ -319,3 +326,18 @@ def test_hidden_deltas_are_counted_when_asked(base: str) -> None:
 def test_description_names_the_base() -> None:
     assert repr(make_layer("nf4")[0]) == "SparseLinear(in=14, out=11, active=40, base=nf4)"
     assert repr(make_layer("bf16")[0]) == "SparseLinear(in=14, out=11, active=40, base=bfloat16)"
+
+
+@pytest.mark.parametrize("path", ["sampled", "dense"])
+@pytest.mark.parametrize("base", BASES)
+def test_a_step_waits_for_no_device(base: str, path: str) -> None:
+    """Once the row boundaries are known, nothing of forward and backward brings a number to the host."""
+    layer, weight_OI = make_layer(base)
+    layer.path_choice = PathChoice(path)  # type: ignore[arg-type]
+    input = torch.randn(4, COLS).to(weight_OI.dtype).requires_grad_()
+    gradients(layer(input), input, layer.values)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        gradients(layer(input), input, layer.values)
+    names = {event.name for event in profile.events() or ()}
+    assert "aten::linear" in names
+    assert not names & {"aten::item", "aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::is_nonzero"}

@@ -1,0 +1,51 @@
+"""The benchmark of the kernels runs, and finds the crossover that its numbers say."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
+
+import bench_kernels
+from kernel_operations import DENSE, FORWARD, SAMPLED
+
+
+def test_every_operation_is_timed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Tiny sizes."""
+    file = tmp_path / "times.json"
+    arguments = "--shapes 48x64 --tokens 16 --rounds 2 --densities 0.01 0.2 --optimizer-weights 3000 --dtype float32"
+    assert bench_kernels.main([*arguments.split(), "--json", str(file)]) == 0
+    times = json.loads(file.read_text())["times"]
+    assert all(len(each["ms"]) == 2 and min(each["ms"]) > 0 for each in times)
+    names = {each["operation"] for each in times}
+    assert {FORWARD, SAMPLED, DENSE, "SM3", "deltas put in and taken out", "NF4: dequantize, then put deltas"} <= names
+    printed = capsys.readouterr().out
+    assert all(f"| {name} |" in printed for name in names)
+
+
+def test_crossovers_are_printed_as_the_configuration_takes_them(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = "--shapes 48x64 --tokens 16 --rounds 2 --crossover --dtype bfloat16"
+    assert bench_kernels.main(arguments.split()) == 0
+    printed = capsys.readouterr().out.splitlines()[-1]
+    assert 0 < json.loads(printed.partition("crossover=")[2].rstrip("'"))["48x64"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("sampled_ms", "expected"),
+    [(0.0, 0.12), (1000.0, bench_kernels.NEVER), (None, bench_kernels.NEVER), (40.0, 0.025)],
+)
+def test_the_crossover_lies_where_both_take_as_long(sampled_ms: float | None, expected: float) -> None:
+    """Dense 1 ms at every density; sampled so many ms times the density."""
+    times = {(DENSE, density): [1.0, 1.0, 1.0] for density in bench_kernels.CROSSOVER_DENSITIES}
+    if sampled_ms is not None:
+        times |= {(SAMPLED, density): [sampled_ms * density] * 3 for density in bench_kernels.CROSSOVER_DENSITIES}
+    found = (
+        bench_kernels.crossover(times)
+        if sampled_ms != 1000.0
+        else bench_kernels.crossover(times | {(SAMPLED, 0.001): [2.0] * 3})
+    )
+    assert found == pytest.approx(expected)
