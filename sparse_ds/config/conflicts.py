@@ -26,6 +26,7 @@ OPTIMIZER_KEYS: Mapping[str, tuple[str, ...]] = {
 METHOD_KEYS = (
     "density",
     "target_modules",
+    "block_size",
     "interval_steps",
     "estimation_steps",
     "initial_drop_fraction",
@@ -163,6 +164,14 @@ def _model_conflicts(model: ModelConfig, method: MethodConfig | None, train: Tra
         yield (
             "model.attention: got flash_attention_2, which needs a GPU, with train.device cpu. Set model.attention to "
             "auto."
+        )
+
+    if model.liger_kernels and train is not None and train.device == "cpu":
+        yield "model.liger_kernels: got true, but these kernels need a GPU, and train.device is cpu. Set it to false."
+    if model.liger_kernels and train is not None and train.compile:
+        yield (
+            "train.compile: got true together with model.liger_kernels, which replaces the same functions. Choose one "
+            "of the two."
         )
 
 

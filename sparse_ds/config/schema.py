@@ -74,6 +74,9 @@ class ModelConfig(_Section):
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     """The attention implementation of transformers; `auto`: `sdpa` where the architecture has it, else `eager`
     (Gemma-2); `flash_attention_2` needs the flash-attn package and a GPU."""
+    liger_kernels: bool = False
+    """Compute norms, rotary embedding, the MLP's activation and the loss with the Triton kernels of the package
+    liger-kernel; the logits of a micro batch then never exist as a whole. Needs a GPU; decoders only."""
     unused_tensors: list[Text] = []
     """Names (or patterns with * and ?) of tensors that the checkpoint holds and the architecture in its config.json
     does not have. Any other such tensor is refused: without it the model would be another one."""
@@ -165,6 +168,10 @@ class MethodConfig(_Section):
     target_modules: Annotated[list[Text], Field(min_length=1)] | Literal["all-linear"] = "all-linear"
     """`all-linear`: every linear layer inside the transformer blocks; or a list of ends of module names, like
     ["q_proj", "mlp.down_proj"]."""
+    block_size: PositiveInt | Annotated[tuple[PositiveInt, PositiveInt], Field(strict=False)] = 1
+    """What is trained or not as one: [rows, columns] of a block of neighbouring weights of a matrix, which it must
+    divide, or n for [n, n]; 1: single weights. Blocks are chosen by the sum of their weights' scores, and of the blocks
+    floor(density * number) train. Of biases and norms single weights train."""
     interval_steps: Annotated[int, Field(ge=2)] = 20
     """S: optimizer steps from one drop-and-grow event to the next; above `method.estimation_steps`."""
     estimation_steps: PositiveInt = 5
@@ -202,6 +209,11 @@ class MethodConfig(_Section):
     """Train entries of the biases of the target linears too: the same share, at least one of each; `sparta` only."""
     train_norms: bool = False
     """Train entries of the weights of all norms too: the same share, at least one of each; `sparta` only."""
+
+    @property
+    def block_shape(self) -> tuple[int, int]:
+        """(rows, columns) of `block_size`."""
+        return (self.block_size, self.block_size) if isinstance(self.block_size, int) else self.block_size
 
     @field_validator("name")
     @classmethod
@@ -270,6 +282,10 @@ class TrainConfig(_Section):
     """Begin anew in an output folder that already holds a run."""
     gradient_checkpointing: bool = False
     """Compute the activations of each block again in backward: less memory, about a third more work."""
+    compile: bool = False
+    """Let torch compile what lies between the linear layers: norms, rotary embedding, the MLP's activation, the loss.
+    Takes half a minute or so at the start, and needs a C++ compiler (CPU) or triton (GPU); decoders only. The
+    alternative to `model.liger_kernels`."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; `auto`: on GPUs where there are any."""
     cpu_threads: PositiveInt | None = None
@@ -341,6 +357,10 @@ class MonitorConfig(_Section):
     """Write a `step` line to metrics.jsonl after every so many optimizer steps, 1 or more."""
     progress_bar: bool = True
     """Show a progress bar on rank 0."""
+    peak_tflops: Annotated[float, Field(gt=0)] | None = None
+    """What one rank's device can do at best, in 10^12 operations a second, above 0: of it `mfu` and `hfu` are shares.
+    null: from a table of data sheets (A100, H100, H200 and some more, by `model.dtype`); they are left out where the
+    device is not in it, as no CPU is."""
     report_to: list[Tracker] = []
     """Trackers of transformers to report to; each needs its package."""
     num_sample_prompts: Annotated[int, Field(ge=0)] = 1

@@ -5,6 +5,8 @@ rank keeps one:
 
     tile    [ part of rank 0 | part of rank 1 | ... ]     ceil(n / R) positions each, the last ones shorter or empty
 
+Where `unit` is given, that many elements (of one block of weights) stay together: n counts units then.
+
 These collectives run inside backward, in the order of the graph, which is the same on all ranks; they go through the
 process group that DeepSpeed uses and are issued from the same thread, one after the other.
 """
@@ -29,11 +31,12 @@ def part_of_tile(num_elements: int) -> tuple[int, int]:
     return min(rank() * size, num_elements), min((rank() + 1) * size, num_elements)
 
 
-def reduce_tile(tile_n: Tensor) -> Tensor:
+def reduce_tile(tile_n: Tensor, unit: int = 1) -> Tensor:
     """This rank's part of the mean over ranks (the sum divided by R, as DeepSpeed averages gradients).
 
     Args:
-        tile_n: [n] any floating dtype, contiguous; may be overwritten.
+        tile_n: [n * unit] any floating dtype, contiguous; may be overwritten.
+        unit: elements that stay together.
 
     Returns:
         fp32, the positions of `part_of_tile(n)`.
@@ -44,15 +47,15 @@ def reduce_tile(tile_n: Tensor) -> Tensor:
     num_ranks, num_elements = world_size(), tile_n.numel()
     if num_ranks == 1:
         return tile_n.float()
-    size = -(-num_elements // num_ranks)
+    size = -(-num_elements // (num_ranks * unit)) * unit
     if tile_n.dtype != torch.float32 or num_elements != size * num_ranks:
         padded = torch.zeros(size * num_ranks, dtype=torch.float32, device=tile_n.device)
         padded[:num_elements] = tile_n
         tile_n = padded
     part = torch.empty(size, dtype=torch.float32, device=tile_n.device)
     torch.distributed.reduce_scatter_tensor(part, tile_n)
-    begin, end = part_of_tile(num_elements)
-    return part[: end - begin].div_(num_ranks)
+    begin, end = part_of_tile(num_elements // unit)
+    return part[: (end - begin) * unit].div_(num_ranks)
 
 
 def sum_over_ranks(counts: Tensor) -> Tensor:
@@ -76,15 +79,17 @@ def counts_of_ranks(counts_P: Tensor) -> Tensor:
 
 
 def place_slices(
-    parameters: Sequence[Parameter], places: Sequence[Tensor], entries: Sequence[Sequence[Tensor]]
+    parameters: Sequence[Parameter], places: Sequence[Tensor], entries: Sequence[Sequence[Tensor]], units: Sequence[int]
 ) -> list[list[Tensor]]:
     """Spread lists, of which every rank has some entries, over the ranks like the slices of parameters.
 
     Args:
-        parameters: partitioned, [S] each.
-        places: for each parameter [n] int64, the position in the whole list of each of this rank's entries; every
-            position belongs to one rank.
-        entries: for each parameter some lists [n] of 4 or 8 bytes a number; the ranks' entries together make [S] each.
+        parameters: partitioned, [S * unit] each; every rank owns whole units.
+        places: for each parameter [n] int64, the position in the whole list of each of this rank's entries; no position
+            belongs to two ranks.
+        entries: for each parameter some lists [n] or [n, m] of 4 or 8 bytes a number; the ranks' entries together make
+            at most [S] each, zeros behind.
+        units: of the parameters.
 
     Returns:
         For each parameter this rank's slice of each of its lists (real elements only).
@@ -93,37 +98,26 @@ def place_slices(
     Collectives: one reduce-scatter of all lists; every rank must call it.
     """
     whole_lists, owners = [], []
-    for parameter, own_places, own_entries in zip(parameters, places, entries, strict=True):
+    for parameter, own_places, own_entries, unit in zip(parameters, places, entries, units, strict=True):
+        num_places = parameter.ds_tensor.ds_numel // unit * world_size()
         for entry in own_entries:
-            whole = torch.zeros(parameter.ds_tensor.ds_numel * world_size(), dtype=entry.dtype, device=entry.device)
+            whole = torch.zeros(num_places, *entry.shape[1:], dtype=entry.dtype, device=entry.device)
             whole[own_places] = entry
             # All ranks but one have 0 at a place, so the sum of integers moves bits of any kind.
-            whole_lists.append(whole.view(torch.int32).view(world_size(), -1))
-            owners.append((parameter, entry.dtype))
+            whole_lists.append(whole.view(world_size(), -1).view(torch.int32))
+            owners.append((entry, owned_range(parameter)[1] // unit))
     parts = _reduce_scatter(whole_lists)
     slices = [
-        part.clone().view(dtype)[: owned_range(parameter)[1]]
-        for (parameter, dtype), part in zip(owners, parts, strict=True)
+        part.clone().view(entry.dtype).view(-1, *entry.shape[1:])[:num_own]
+        for (entry, num_own), part in zip(owners, parts, strict=True)
     ]
     rest = iter(slices)
     return [[next(rest) for _ in own_entries] for own_entries in entries]
 
 
-def gather_slices(parameter: Parameter, slice_n: Tensor) -> Tensor:
-    """[S] the whole list from every rank's slice, as `parameter` is partitioned.
-
-    Collectives: one all-gather; every rank must call it.
-    """
-    size = parameter.ds_tensor.ds_numel
-    padded = torch.zeros(size, dtype=slice_n.dtype, device=slice_n.device)
-    padded[: slice_n.numel()] = slice_n
-    whole = torch.empty(size * world_size(), dtype=slice_n.dtype, device=slice_n.device)
-    torch.distributed.all_gather_into_tensor(whole, padded)
-    return whole[: parameter.ds_numel]
-
-
 def reduce_to_slices(parameters: Sequence[Parameter], gradients: Sequence[Tensor]) -> list[Tensor]:
-    """This rank's slices of the mean over ranks of lists [S] of fp32 numbers, each sliced like its parameter.
+    """This rank's slices of the mean over ranks of lists [S] of fp32 numbers, each sliced like its parameter (zeros if
+    that is longer).
 
     Memory: all lists once more, padded.
     Collectives: one reduce-scatter of all lists; every rank must call it with the same parameters.

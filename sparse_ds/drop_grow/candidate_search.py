@@ -1,4 +1,4 @@
-"""The K positions of largest dense gradient of one matrix, found by all ranks together.
+"""The blocks (of one weight by default) of largest dense gradient of one matrix, found by all ranks together.
 
     for each tile of rows:
         dense       this rank's gradient of the rows                     rows x cols, transient
@@ -10,6 +10,9 @@ and of many matrices together:
     threshold       the K-th largest of what all ranks kept              6 all-reduces of 16 KiB a matrix (radix search)
     place           the chosen ones in ascending order, sliced over      an all-gather of 8 bytes a tile, and a
                     the ranks like the layers' values                    reduce-scatter of 8 bytes a candidate
+
+A block is scored by the sum of |gradient| over its weights, and stays whole in every part: below, positions and entries
+are those of blocks, K is their number.
 
 What is chosen does not depend on the number of ranks, nor on the tiles. Of the dense gradient no more than one tile is
 ever there: `search_tiles` looks at each part and forgets it. `DenseAccumulator` instead adds the parts up over several
@@ -52,7 +55,7 @@ class Candidates:
     indices: Tensor
     """[n] dtype of the layer's indices, ascending over all ranks."""
     gradient: Tensor
-    """[n] fp32, the reduced gradient by which they were found."""
+    """[n * e] fp32, the reduced gradient by which they were found."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ class Tiling:
 
     @classmethod
     def within(cls, layout: SparseLayout, tile_bytes: int, bytes_per_row: int = 0) -> Tiling:
-        """Tiles whose transient memory stays within `tile_bytes` (one row at least).
+        """Tiles whose transient memory stays within `tile_bytes` (one row of blocks at least).
 
         Args:
             layout: of the matrix.
@@ -72,23 +75,26 @@ class Tiling:
             bytes_per_row: what a row of a tile costs besides (its copy of the output's gradient).
         """
         rows = tile_bytes // (TILE_BYTES_PER_ELEMENT * layout.num_cols + bytes_per_row)
-        return cls(layout, max(1, min(rows, layout.num_rows)))
+        rows = min(rows, layout.num_rows) // layout.block_rows * layout.block_rows
+        return cls(layout, max(layout.block_rows, rows))
 
     @property
     def num_tiles(self) -> int:
         return math.ceil(self.layout.num_rows / self.rows_per_tile)
 
     def parts(self) -> Iterator[tuple[int, int]]:
-        """(first flat position, length) of this rank's part of each tile."""
+        """(first index, number of indices) of this rank's part of each tile."""
+        grid, rows_per_tile = self.layout.grid, self.rows_per_tile // self.layout.block_rows
         for tile in range(self.num_tiles):
-            first_row = tile * self.rows_per_tile
-            num_rows = min(self.rows_per_tile, self.layout.num_rows - first_row)
-            begin, end = part_of_tile(num_rows * self.layout.num_cols)
-            yield first_row * self.layout.num_cols + begin, end - begin
+            first_row = tile * rows_per_tile
+            num_rows = min(rows_per_tile, grid.num_rows - first_row)
+            begin, end = part_of_tile(num_rows * grid.num_cols)
+            yield first_row * grid.num_cols + begin, end - begin
 
 
 def reduced_parts(tiling: Tiling, operands: ProductOperands, *, squared: bool = False) -> Iterator[tuple[int, Tensor]]:
-    """(first flat position, fp32 part of this rank) of the dense gradient, reduced over ranks, tile by tile.
+    """(first index, fp32 part of this rank) of the dense gradient, reduced over ranks, tile by tile; a part is block
+    after block, row-major inside.
 
     What is not finite counts as 0: the engine skips such a step on all ranks, and until then no rank may fail alone.
 
@@ -99,21 +105,22 @@ def reduced_parts(tiling: Tiling, operands: ProductOperands, *, squared: bool = 
 
     Collectives: one reduce-scatter per tile; every rank must read all of them.
     """
+    layout = tiling.layout
     for tile, (first, length) in enumerate(tiling.parts()):
         first_row = tile * tiling.rows_per_tile
         dense_BI = gradient_block(operands, first_row, tiling.rows_per_tile)
         if squared:
             dense_BI = dense_BI.float().div_(world_size()).square_()
-        part = reduce_tile(dense_BI.view(-1))
+        part = reduce_tile(layout.block_after_block(dense_BI), layout.block_elements)
         del dense_BI
-        assert part.numel() == length
+        assert part.numel() == length * layout.block_elements
         yield first, part.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
         del part
 
 
 @dataclass(frozen=True)
 class Search:
-    """What this rank has kept of one matrix: at most K entries of 12 bytes."""
+    """What this rank has kept of one matrix: at most K entries of 12 bytes, of blocks their gradients besides."""
 
     layer: SparseLinear
     tiling: Tiling
@@ -122,7 +129,8 @@ class Search:
     @property
     def max_bytes(self) -> int:
         """At the most; the same on every rank."""
-        return 12 * self.layer.layout.num_slots
+        layout = self.layer.layout
+        return 12 * layout.grid.num_slots + (4 * layout.num_slots if layout.block_elements > 1 else 0)
 
 
 def common_row_bytes(operands: ProductOperands) -> int:
@@ -139,9 +147,9 @@ def search_tiles(layer: SparseLinear, tiling: Tiling, operands: ProductOperands)
     Memory: 12 bytes per candidate (at most 12 * K per rank) and the tile.
     Collectives: those of `reduced_parts`.
     """
-    largest = LargestKeys(layer.layout.num_slots, operands.input_TI.device)
+    largest = LargestKeys(layer.layout.grid.num_slots, operands.input_TI.device)
     for first, part in reduced_parts(tiling, operands):
-        largest.add(part, first)
+        _look_at(part, first, tiling.layout, largest)
     return Search(layer, tiling, largest)
 
 
@@ -160,7 +168,8 @@ class DenseAccumulator:
     def __init__(self, layer: SparseLinear, tile_bytes: int, *, squared: bool, device: torch.device) -> None:
         self._layer, self._squared = layer, squared
         self._tiling = Tiling.within(layer.layout, tile_bytes)
-        self.sums = torch.zeros(sum(length for _, length in self._tiling.parts()), device=device)
+        num_owned = sum(length for _, length in self._tiling.parts()) * layer.layout.block_elements
+        self.sums = torch.zeros(num_owned, device=device)
         """fp32, the parts of all tiles one after the other."""
 
     def add(self, operands: ProductOperands) -> None:
@@ -172,12 +181,22 @@ class DenseAccumulator:
 
     def search(self) -> Search:
         """By the sums so far. Collectives: none."""
-        largest = LargestKeys(self._layer.layout.num_slots, self.sums.device)
+        layout = self._layer.layout
+        largest = LargestKeys(layout.grid.num_slots, self.sums.device)
         position = 0
         for first, length in self._tiling.parts():
-            largest.add(self.sums[position : position + length], first)
-            position += length
+            end = position + length * layout.block_elements
+            _look_at(self.sums[position:end], first, layout, largest)
+            position = end
         return Search(self._layer, self._tiling, largest)
+
+
+def _look_at(part: Tensor, first_index: int, layout: SparseLayout, largest: LargestKeys) -> None:
+    """Let `largest` see the blocks whose gradient is `part`."""
+    if layout.block_elements == 1:
+        largest.add(part, first_index)
+    else:
+        largest.add(layout.block_sums(part.abs()), first_index, part.view(-1, layout.block_elements))
 
 
 def choose(searches: Sequence[Search]) -> list[Candidates]:
@@ -190,12 +209,14 @@ def choose(searches: Sequence[Search]) -> list[Candidates]:
     if not searches:
         return []
     kept = [search.largest for search in searches]
-    num_candidates = [search.layer.layout.num_slots for search in searches]
+    num_candidates = [search.layer.layout.grid.num_slots for search in searches]
     kth_keys = kth_smallest_keys([largest.keys for largest in kept], num_candidates, sum_over_ranks)
     entries, up_to = [], []
     for search, kth in zip(searches, kth_keys, strict=True):
-        chosen = search.largest.keys <= kth
-        indices, gradient = index_of(search.largest.keys[chosen]), search.largest.scores[chosen]
+        largest = search.largest
+        chosen = largest.keys <= kth
+        indices = index_of(largest.keys[chosen])
+        gradient = largest.scores[chosen] if largest.details is None else largest.details[chosen]
         ends = torch.tensor([first + length for first, length in search.tiling.parts()], device=indices.device)
         up_to.append(torch.searchsorted(indices, ends))
         entries.append([indices.to(search.layer.layout.index_dtype), gradient])
@@ -207,5 +228,6 @@ def choose(searches: Sequence[Search]) -> list[Candidates]:
         begin_P = first_places(counts_RP)[rank()] - (up_to_P - counts_P)
         own = torch.arange(int(up_to_P[-1]), device=up_to_P.device)
         places.append(torch.repeat_interleave(begin_P, counts_P) + own)
-    slices = place_slices([search.layer.values for search in searches], places, entries)
-    return [Candidates(indices, gradient) for indices, gradient in slices]
+    units = [search.layer.layout.block_elements for search in searches]
+    slices = place_slices([search.layer.values for search in searches], places, entries, units)
+    return [Candidates(indices, gradient.view(-1)) for indices, gradient in slices]

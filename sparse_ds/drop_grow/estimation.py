@@ -41,7 +41,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sparse_ds.distributed.gradient_tiles import gather_slices, reduce_to_slices
+from sparse_ds.distributed.gradient_tiles import reduce_to_slices
 from sparse_ds.distributed.process_group import world_size
 from sparse_ds.distributed.zero3_partitions import gather_partitions, owned_range
 from sparse_ds.drop_grow.candidate_search import (
@@ -54,7 +54,7 @@ from sparse_ds.drop_grow.candidate_search import (
 )
 from sparse_ds.kernels.dense_row_blocks import RowBoundaries
 from sparse_ds.kernels.product_operands import ProductOperands
-from sparse_ds.kernels.values_gradient import values_gradient
+from sparse_ds.sparse.gradient_at import gradient_at
 from sparse_ds.sparse.sparse_linear import SparseLinear
 
 Source = Literal["micro_batch", "step", "phase"]
@@ -68,11 +68,11 @@ class CandidateSums:
     """This rank's slices of one matrix, like the slices of its values."""
 
     indices: Tensor
-    """[n] candidates."""
+    """[n] candidates: blocks of e weights."""
     gradient: Tensor
-    """[n] fp32, sum of g over the counted steps of the phase; with source `phase` the sum by which they were found."""
+    """[n * e] fp32, sum of g over the counted steps of the phase; with source `phase` that by which they were found."""
     gradient_square: Tensor
-    """[n] fp32, sum of g^2."""
+    """[n * e] fp32, sum of g^2."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class _WholeCandidates:
     """All candidates of one matrix, on every rank."""
 
     indices: Tensor
-    """[S]"""
+    """[U], of blocks where the layer has them."""
     row_boundaries: RowBoundaries
     gradient: Tensor | None
     """[S] fp32, this rank's gradient of the step so far; None where it goes into the step's right away."""
@@ -197,7 +197,7 @@ class EstimationPhase:
         self._begin_phase()
         self.num_counted_steps = num_counted_steps
         for name, layer in self._layers.items():
-            size = owned_range(layer.values)[1]
+            size = owned_range(layer.values)[1] // layer.layout.block_elements
             self._candidates[name] = torch.zeros(size, dtype=layer.layout.index_dtype, device=self._device)
 
     def forget(self) -> None:
@@ -252,10 +252,9 @@ class EstimationPhase:
         if not self._whole:
             self._whole = self._gather_candidates()
         layer = self._layers[name]
-        whole = self._whole.get(name) or self._whole_candidates(
-            name, gather_slices(layer.values, self._candidates[name])
-        )
-        gradient_S = values_gradient(
+        whole = self._whole.get(name) or self._whole_candidates(name, *self._gather([name]))
+        gradient_S = gradient_at(
+            layer.layout,
             operands,
             whole.indices,
             whole.row_boundaries,
@@ -279,21 +278,31 @@ class EstimationPhase:
             names.append(name)
         if not names:
             return {}
-        indices = gather_partitions(
-            [self._layers[name].values for name in names], [self._candidates[name] for name in names], self._device
-        )
         return {
-            name: self._whole_candidates(name, indices_S, torch.zeros(indices_S.numel(), device=self._device))
-            for name, indices_S in zip(names, indices, strict=True)
+            name: self._whole_candidates(
+                name, indices_U, torch.zeros(self._layers[name].layout.num_slots, device=self._device)
+            )
+            for name, indices_U in zip(names, self._gather(names), strict=True)
         }
+
+    def _gather(self, names: list[str]) -> list[Tensor]:
+        """All candidates of some matrices. Collectives: one all-gather."""
+        layers = [self._layers[name] for name in names]
+        return gather_partitions(
+            [layer.values for layer in layers],
+            [self._candidates[name] for name in names],
+            self._device,
+            [layer.layout.block_elements for layer in layers],
+        )
 
     def _whole_bytes(self, name: str) -> int:
         layout = self._layers[name].layout
-        return layout.num_slots * (layout.index_dtype.itemsize + 4)
+        return layout.grid.num_slots * layout.index_dtype.itemsize + 4 * layout.num_slots
 
-    def _whole_candidates(self, name: str, indices_S: Tensor, gradient_S: Tensor | None = None) -> _WholeCandidates:
-        row_boundaries = cache(partial(self._layers[name].layout.row_boundaries, indices_S))
-        return _WholeCandidates(indices_S, row_boundaries, gradient_S)
+    def _whole_candidates(self, name: str, indices: Tensor, gradient_S: Tensor | None = None) -> _WholeCandidates:
+        layout = self._layers[name].layout
+        indices_U = indices[: layout.grid.num_slots]
+        return _WholeCandidates(indices_U, cache(partial(layout.row_boundaries, indices_U)), gradient_S)
 
     def _reduce_gradients(self) -> None:
         """Collectives: one reduce-scatter, if candidates are kept whole."""

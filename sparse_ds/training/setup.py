@@ -13,7 +13,9 @@ from torch.nn import Parameter
 from transformers import PreTrainedModel, TrainingArguments
 
 from sparse_ds.config import RunConfig, UserError, build_deepspeed_config
+from sparse_ds.config.deepspeed_section import BlockSizes, gathers_blocks
 from sparse_ds.config.methods import all_methods
+from sparse_ds.distributed.block_gather import gather_as_one
 from sparse_ds.distributed.born_partitioned import PartitionedParameters
 from sparse_ds.distributed.process_group import agreement, rank, world_size
 from sparse_ds.distributed.zero3_partitions import MasterWeights, OwnedSlice, full_shape, full_size
@@ -32,7 +34,13 @@ from sparse_ds.model.build import (
     plan_vector_layouts,
 )
 from sparse_ds.model.classification_head import Classification, initial_head, install_head
+from sparse_ds.model.compiled_pieces import compiled_pieces
+from sparse_ds.model.kinds import KINDS
+from sparse_ds.model.liger_pieces import liger_pieces
 from sparse_ds.model.loading import LoadReport, load_base, planned_bytes
+from sparse_ds.model.pieces import Pieces, install_pieces
+from sparse_ds.model.targets import find_blocks
+from sparse_ds.monitor.peak_tflops import known_peak_tflops
 from sparse_ds.monitor.progress import ProgressBytes
 from sparse_ds.optim.flat_segment import FlatSegment
 from sparse_ds.optim.sm3 import SparseSM3
@@ -59,6 +67,8 @@ class PreparedModel:
     num_weights: int
     loaded: LoadReport
     classification: Classification | None = None
+    gathered_block: BlockSizes | None = None
+    """The largest block, where the tensors of a block are gathered together."""
 
     @property
     def matrices(self) -> dict[str, SparseLinear]:
@@ -114,6 +124,7 @@ def prepare_model(
         config.method.density,
         config.train.seed,
         bernoulli=config.method.sampling == "bernoulli",
+        block_size=config.method.block_shape,
         slots_per_active=config.method.redistribution_factor or 1.0,
         train_biases=config.method.train_biases,
         train_norms=config.method.train_norms,
@@ -122,6 +133,8 @@ def prepare_model(
     path_choice = AUTO
     with agreement("building the model"):
         model = empty_model(checkpoint, base, classification)
+        if config.model.liger_kernels or config.train.compile:
+            install_pieces(model, find_pieces(config, model, device))
         num_weights = sum(parameter.numel() for parameter in model.parameters())
         trains_all, num_head_weights = all_methods()[config.method.name].trains_all, 0
         if classification is not None:
@@ -130,7 +143,7 @@ def prepare_model(
             num_head_weights = sum(tensor.numel() for tensor in head.values())
         vectors: dict[str, SparseLayout] = {}
         if not trains_all:
-            layouts = plan_layouts(model, sparse)
+            layouts = plan_layouts(model, sparse, world_size())
             check_accumulator_limit(config, layouts, world_size())
             path_choice = choose_path(config, layouts)
             vectors = plan_vector_layouts(model, layouts, sparse)
@@ -152,7 +165,25 @@ def prepare_model(
             layer.path_choice = path_choice
     num_sparse = sum(layer.num_active for layer in layers.values())
     num_trained = num_sparse + num_head_weights if layouts else num_weights
-    return PreparedModel(model, layers, num_trained, num_weights, loaded, classification)
+    gathered_block = _gather_blocks(config, model) if layouts else None
+    return PreparedModel(model, layers, num_trained, num_weights, loaded, classification, gathered_block)
+
+
+def _gather_blocks(config: RunConfig, model: PreTrainedModel) -> BlockSizes | None:
+    blocks = [model.get_submodule(name) for name in find_blocks(model)]
+    sizes = [
+        BlockSizes(
+            sum(full_size(each) for each in block.parameters()),
+            sum(full_size(each) for each in block.parameters() if each.requires_grad),
+        )
+        for block in blocks
+    ]
+    largest = BlockSizes(max(size.num_elements for size in sizes), max(size.num_trained for size in sizes))
+    if not gathers_blocks(config, world_size(), largest):
+        return None
+    for block in blocks:
+        gather_as_one(block)
+    return largest
 
 
 def choose_path(config: RunConfig, layouts: Mapping[str, SparseLayout]) -> PathChoice:
@@ -175,6 +206,25 @@ def choose_path(config: RunConfig, layouts: Mapping[str, SparseLayout]) -> PathC
     return PathChoice(config.train.values_gradient, crossover_of=by_shape)
 
 
+def find_pieces(config: RunConfig, model: PreTrainedModel, device: torch.device) -> Pieces:
+    """What the run computes with between the linear layers, where it is not transformers' own.
+
+    Raises:
+        UserError: it cannot be had for this architecture, on this device or in this installation.
+    """
+    field = "model.liger_kernels" if config.model.liger_kernels else "train.compile"
+    if KINDS[model.config.model_type].is_encoder:
+        raise UserError(
+            f"{field}: got true, but {model.config.model_type} models have other norms and activations than those that "
+            "are replaced. Set it to false."
+        )
+    if not config.model.liger_kernels:
+        return compiled_pieces(device)
+    if device.type != "cuda":
+        raise UserError(f"{field}: got true, but these kernels need a GPU, and there is none here. Set it to false.")
+    return liger_pieces()
+
+
 def make_optimizer(config: RunConfig, parameters: list[Parameter]) -> torch.optim.Optimizer:
     """The optimizer of the method: SM3 or AdamW with ages for sparse values, torch's AdamW for `full`."""
     settings, facts = config.optimizer, all_methods()[config.method.name]
@@ -194,13 +244,18 @@ def make_optimizer(config: RunConfig, parameters: list[Parameter]) -> torch.opti
 
 
 def make_training_arguments(
-    config: RunConfig, world_size: int, largest_num_trained: int, output_dir: Path, device: torch.device
+    config: RunConfig,
+    world_size: int,
+    largest_num_trained: int,
+    output_dir: Path,
+    device: torch.device,
+    gathered_block: BlockSizes | None = None,
 ) -> TrainingArguments:
     """Trainer's arguments; every value comes from the configuration."""
     plan = config.batch_plan(world_size)
     return TrainingArguments(
         output_dir=str(output_dir),
-        deepspeed=build_deepspeed_config(config, world_size, largest_num_trained),
+        deepspeed=build_deepspeed_config(config, world_size, largest_num_trained, gathered_block),
         per_device_train_batch_size=plan.micro_batch_size,
         gradient_accumulation_steps=plan.gradient_accumulation_steps,
         per_device_eval_batch_size=config.train.eval_micro_batch_size or plan.micro_batch_size,
@@ -229,6 +284,13 @@ def make_training_arguments(
         dataloader_pin_memory=device.type == "cuda",
         average_tokens_across_devices=True,
     )
+
+
+def find_peak_tflops(config: RunConfig, device: torch.device) -> float | None:
+    """Of one rank's device: as the run says, or as its data sheet does; None where neither is known."""
+    if config.monitor.peak_tflops is not None or device.type != "cuda":
+        return config.monitor.peak_tflops
+    return known_peak_tflops(torch.cuda.get_device_name(device), config.model.dtype)
 
 
 def bind_optimizer(
@@ -268,6 +330,8 @@ def bind_optimizer(
                     num_rows=layer.layout.num_rows,
                     num_cols=layer.layout.num_cols,
                     indices=own_indices(layer),
+                    block_rows=layer.layout.block_rows,
+                    block_cols=layer.layout.block_cols,
                 )
             )
         optimizer.register_flat(flat, segments)
@@ -380,14 +444,15 @@ class EventSchedule:
         return self._facts.events == "once" and step <= self._method.estimation_steps
 
     def num_to_replace(self, step: int) -> dict[str, int]:
-        """Weights of each tensor that the event after `step` replaces."""
+        """Blocks (of one weight by default) of each tensor that the event after `step` replaces."""
         method = self._method
+        num_active = {name: layer.num_active // layer.layout.block_elements for name, layer in self._layers.items()}
         if self._facts.events == "once":
-            return {name: layer.num_active for name, layer in self._layers.items()}
+            return num_active
         return {
             name: num_to_replace(
                 step,
-                num_active=layer.num_active,
+                num_active=number,
                 total_steps=self._total_steps,
                 interval_steps=method.interval_steps,
                 estimation_steps=method.estimation_steps,
@@ -395,5 +460,5 @@ class EventSchedule:
                 drop_schedule=method.drop_schedule,
                 first_drop_fraction=method.first_drop_fraction,
             )
-            for name, layer in self._layers.items()
+            for name, number in num_active.items()
         }
