@@ -36,6 +36,7 @@ from sparse_ds.optim.sm3 import SparseSM3
 from sparse_ds.optim.sparse_adamw import SparseAdamW
 from sparse_ds.sparse.sparse_linear import SparseLinear
 from sparse_ds.training.setup import (
+    EventSchedule,
     bind_optimizer,
     choose_path,
     make_drop_and_grow,
@@ -45,6 +46,8 @@ from sparse_ds.training.setup import (
 )
 
 LEARNING_RATE = 1e-5
+TOTAL_STEPS = 10**6
+"""Of the run whose events are made: long, so that the share of weights that they replace has not fallen yet."""
 OURS = ("sparta", "sft_ag", "sft_ma")
 PEFT = ("lora_0", "lora_0.1", "dora", "shira", "supertuning")
 ROWS = ("floor", *OURS, *PEFT, "full")
@@ -169,11 +172,12 @@ class Sparse(Row):
         self.estimation.end_step(1.0)
 
     def event(self) -> None:
-        """One that replaces as many weights as an early one of a run: the share `initial_drop_fraction`."""
+        """One that replaces as many weights as the second of a long run: nearly the share `initial_drop_fraction`."""
         assert self.drop_and_grow is not None
         self.num_events += 1
-        fraction = self.config.method.initial_drop_fraction
-        num_to_replace = {name: math.floor(fraction * layer.num_active) for name, layer in self.layers.items()}
+        method = self.config.method
+        schedule = EventSchedule(self.config, self.layers, TOTAL_STEPS)
+        num_to_replace = schedule.num_to_replace(method.estimation_steps + method.interval_steps)
         seeds = Seeds(None, self.num_events)
         if isinstance(self.optimizer, SparseAdamW):
             seeds = Seeds(self.config.optimizer.betas, self.optimizer.num_applied_steps - 1)
