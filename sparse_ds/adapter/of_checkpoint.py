@@ -11,7 +11,9 @@ from torch import Tensor
 from sparse_ds.adapter.adapter import Adapter, AdapterConfig, Deltas
 from sparse_ds.adapter.valid_deltas import deltas_problem, dense_problem
 from sparse_ds.checkpoint.reading import Checkpoint
+from sparse_ds.checkpoint.zero3_state import find_problem
 from sparse_ds.config.errors import UserError
+from sparse_ds.sparse.layout import SparseLayout
 
 REPORT_KEY = "adapter"
 """Of a run's report in the index: an `AdapterConfig`."""
@@ -51,9 +53,29 @@ class CheckpointAdapter(Adapter):
             self._refuse(dense_problem(name, dense_shape, self.read_dense(name)))
 
     def read(self, module_name: str) -> Deltas:
-        return Deltas(
-            self._checkpoint.read(f"{module_name}.indices"), self._checkpoint.read(f"{module_name}.values").clone()
-        )
+        indices_U, values_K = (self._checkpoint.read(f"{module_name}.{kind}") for kind in ("indices", "values"))
+        if indices_U.numel() == values_K.numel():
+            return Deltas(indices_U, values_K.clone())
+        # Only matrices hold blocks, not biases and norms.
+        layout = self._block_layout(module_name)
+        if layout is None or indices_U.numel() * layout.block_elements != values_K.numel():
+            self._refuse(f"tensor {module_name!r} has {indices_U.numel()} indices and {values_K.numel()} values")
+        assert layout is not None
+        problem = find_problem(indices_U, layout.num_positions, ascending=True)
+        if problem:
+            self._refuse(f"tensor '{module_name}.indices' {problem}")
+        return Deltas(*layout.sorted_weights(indices_U, values_K))
+
+    def _block_layout(self, module_name: str) -> SparseLayout | None:
+        """Shape and blocks of a matrix; None where the checkpoint's run has no blocks that divide it."""
+        method = self._checkpoint.index.identity.get("method")
+        sides = method.get("block_size") if isinstance(method, dict) else None
+        shape = self.config.shapes[module_name]
+        if not (isinstance(sides, list) and len(sides) == 2 and all(type(side) is int and side > 0 for side in sides)):
+            return None
+        if shape[0] % sides[0] or shape[1] % sides[1]:
+            return None
+        return SparseLayout(shape[0], shape[1], 0, block_rows=sides[0], block_cols=sides[1])
 
     def read_dense(self, name: str) -> Tensor:
         tensor, shape = self._checkpoint.read(name), self.config.dense_shapes[name]

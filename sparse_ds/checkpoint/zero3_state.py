@@ -33,19 +33,22 @@ class StateItem:
     """Of integers: they are from 0 to below this."""
     ascending: bool = False
     """Of integers: each is larger than the one before, over all ranks."""
+    unit: int = 1
+    """Elements of the parameter that one element of the tensor stands for: of a list of blocks of weights."""
     is_master: bool = False
     """The slice is one of the master weights: the copy that is gathered is written with it."""
 
     @property
     def own_range(self) -> tuple[int, int]:
         """(start, number) of the saved elements that this rank owns."""
-        start, num_slots = owned_range(self.parameter)
+        start, num_slots = (number // self.unit for number in owned_range(self.parameter))
         return start, max(0, min(num_slots, self.num_elements - start))
 
     def saved(self) -> SavedSlice:
         """To be written."""
         part = self.local[: self.own_range[1]]
-        return SavedSlice.of_rank(self.name, part, self.num_elements, self.parameter.ds_tensor.ds_numel)
+        slice_elements = self.parameter.ds_tensor.ds_numel // self.unit
+        return SavedSlice.of_rank(self.name, part, self.num_elements, slice_elements)
 
 
 def state_items(
@@ -71,9 +74,10 @@ def state_items(
                 f"{name}.indices",
                 layer.values,
                 own_indices(layer),
-                layer.num_active,
-                limit=layer.layout.num_elements,
+                layer.num_active // layer.layout.block_elements,
+                limit=layer.layout.num_positions,
                 ascending=True,
+                unit=layer.layout.block_elements,
             )
         )
     trained = {f"{name}.values": layer.values for name, layer in layers.items()} | dict(dense)

@@ -26,6 +26,7 @@ OPTIMIZER_KEYS: Mapping[str, tuple[str, ...]] = {
 METHOD_KEYS = (
     "density",
     "target_modules",
+    "block_size",
     "interval_steps",
     "estimation_steps",
     "initial_drop_fraction",

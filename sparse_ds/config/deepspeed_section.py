@@ -10,7 +10,7 @@ import copy
 import difflib
 import math
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sparse_ds.config.deepspeed_keys import DEEPSPEED_KEYS, FIXED_KEYS, REFUSED_KEYS, Key
 from sparse_ds.config.messages import describe_value
@@ -24,14 +24,25 @@ DEFAULT_REDUCE_BUCKET_SIZE = 2**24
 """Elements, where the largest trained tensor is not known: 64 MiB in fp32. DeepSpeed allocates the bucket as a whole,
 and its own default of 5e8 elements is 2 GB."""
 PREFETCH_BUCKET_SIZE = 50_000_000
-"""Elements gathered ahead of use: about the largest matrix of a 7B model (4096 x 11008), 100 MB in bf16."""
+"""Elements gathered ahead of use, at least: about the largest matrix of a 7B model (4096 x 11008), 100 MB in bf16.
+Where blocks are gathered as one: a block, so that one message brings the next block while this one computes."""
 MAX_LIVE_PARAMETERS = 500_000_000
-"""Elements gathered at a time: two of the largest matrices of a 70B model (8192 x 28672), 1 GB in bf16."""
+"""Elements gathered at a time, at least: two of the largest matrices of a 70B model (8192 x 28672), 1 GB in bf16. Where
+blocks are gathered as one: two blocks, the one at work and the next."""
 MAX_REUSE_DISTANCE = 500_000_000
-"""Elements: what is used again within this distance stays gathered: about a transformer block of a 7B model (2e8) in
-forward and backward, which follow each other under activation checkpointing."""
+"""Elements: what is used again within this distance stays gathered: the last block of a 7B model (2e8) from its forward
+to its backward."""
 QUIET_STEPS_PER_PRINT = 2**31 - 1
 """Steps between DeepSpeed's own reports: never, in an integer that JSON can hold."""
+
+
+class BlockSizes(NamedTuple):
+    """Of the largest transformer block."""
+
+    num_elements: int
+    """Of all its tensors: the base as it is stored, indices and values."""
+    num_trained: int
+    """Of those that train."""
 
 
 def find_deepspeed_problems(section: Mapping[str, Any], method_name: str | None) -> list[str]:
@@ -47,7 +58,16 @@ def find_deepspeed_problems(section: Mapping[str, Any], method_name: str | None)
     return problems
 
 
-def build_deepspeed_config(config: RunConfig, world_size: int, largest_num_active: int | None = None) -> dict[str, Any]:
+def gathers_blocks(config: RunConfig, world_size: int, block: BlockSizes) -> bool:
+    """Whether the tensors of a transformer block are gathered together: with several ranks, unless the run limits what
+    is gathered at a time to less than two blocks."""
+    limit = config.deepspeed.get("zero_optimization", {}).get("stage3_max_live_parameters")
+    return world_size > 1 and (limit is None or limit >= 2 * block.num_elements)
+
+
+def build_deepspeed_config(
+    config: RunConfig, world_size: int, largest_num_active: int | None = None, block: BlockSizes | None = None
+) -> dict[str, Any]:
     """The complete configuration for `deepspeed.initialize` and `TrainingArguments(deepspeed=...)`.
 
     Values of the `deepspeed` section win over the defaults here; those that other sections own cannot be in it.
@@ -57,6 +77,8 @@ def build_deepspeed_config(config: RunConfig, world_size: int, largest_num_activ
         world_size: number of ranks.
         largest_num_active: elements of the largest trained tensor (the largest K, or the largest matrix for `full`);
             sizes the gradient bucket, which DeepSpeed allocates as a whole. None: DEFAULT_REDUCE_BUCKET_SIZE.
+        block: given where the tensors of a block are gathered together: one message then brings a block, and one takes
+            the gradients of a block away.
 
     Returns:
         A new dict, all plain JSON types.
@@ -68,6 +90,9 @@ def build_deepspeed_config(config: RunConfig, world_size: int, largest_num_activ
     bucket = DEFAULT_REDUCE_BUCKET_SIZE
     if largest_num_active is not None:
         bucket = max(largest_num_active, MIN_REDUCE_BUCKET_SIZE)
+    block_elements = 0
+    if block is not None:
+        bucket, block_elements = max(bucket, block.num_trained), block.num_elements
     result: dict[str, Any] = {
         "train_batch_size": plan.global_batch_size,
         "train_micro_batch_size_per_gpu": plan.micro_batch_size,
@@ -83,8 +108,8 @@ def build_deepspeed_config(config: RunConfig, world_size: int, largest_num_activ
             "overlap_comm": True,
             "contiguous_gradients": True,
             "reduce_bucket_size": bucket,
-            "stage3_prefetch_bucket_size": PREFETCH_BUCKET_SIZE,
-            "stage3_max_live_parameters": MAX_LIVE_PARAMETERS,
+            "stage3_prefetch_bucket_size": max(PREFETCH_BUCKET_SIZE, block_elements),
+            "stage3_max_live_parameters": max(MAX_LIVE_PARAMETERS, 2 * block_elements),
             "stage3_max_reuse_distance": MAX_REUSE_DISTANCE,
             # Explicit: otherwise transformers sets 10 * hidden size, and small tensors stay whole on every rank.
             "stage3_param_persistence_threshold": 0,

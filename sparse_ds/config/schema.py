@@ -165,6 +165,10 @@ class MethodConfig(_Section):
     target_modules: Annotated[list[Text], Field(min_length=1)] | Literal["all-linear"] = "all-linear"
     """`all-linear`: every linear layer inside the transformer blocks; or a list of ends of module names, like
     ["q_proj", "mlp.down_proj"]."""
+    block_size: PositiveInt | Annotated[tuple[PositiveInt, PositiveInt], Field(strict=False)] = 1
+    """What is trained or not as one: [rows, columns] of a block of neighbouring weights of a matrix, which it must
+    divide, or n for [n, n]; 1: single weights. Blocks are chosen by the sum of their weights' scores, and of the blocks
+    floor(density * number) train. Of biases and norms single weights train."""
     interval_steps: Annotated[int, Field(ge=2)] = 20
     """S: optimizer steps from one drop-and-grow event to the next; above `method.estimation_steps`."""
     estimation_steps: PositiveInt = 5
@@ -202,6 +206,11 @@ class MethodConfig(_Section):
     """Train entries of the biases of the target linears too: the same share, at least one of each; `sparta` only."""
     train_norms: bool = False
     """Train entries of the weights of all norms too: the same share, at least one of each; `sparta` only."""
+
+    @property
+    def block_shape(self) -> tuple[int, int]:
+        """(rows, columns) of `block_size`."""
+        return (self.block_size, self.block_size) if isinstance(self.block_size, int) else self.block_size
 
     @field_validator("name")
     @classmethod

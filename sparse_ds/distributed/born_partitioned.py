@@ -21,6 +21,8 @@ from deepspeed.runtime.zero.partition_parameters import Init, PartitionedParamSt
 from torch import Tensor
 from torch.nn import Parameter
 
+from sparse_ds.distributed.byte_gather import gather_in_one_message
+
 FillPartition = Callable[[Tensor, int], None]
 """`fill(slice, start)` writes elements [start, start + len(slice)) of the flat tensor into the 1-D `slice`."""
 
@@ -72,6 +74,7 @@ class PartitionedParameters:
         parameter.ds_numel_aligned = partition_size * world_size
         parameter.data = torch.empty(0, dtype=dtype, device=self._init.local_device)
         parameter.ds_status = ZeroParamStatus.NOT_AVAILABLE
+        gather_in_one_message(parameter)
         return parameter
 
 

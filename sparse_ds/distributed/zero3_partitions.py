@@ -144,7 +144,10 @@ def batches_to_gather(items: Iterable[T], num_bytes: Callable[[T], int]) -> Iter
 
 
 def gather_partitions(
-    parameters: Sequence[Parameter], partitions: Sequence[Tensor], device: torch.device
+    parameters: Sequence[Parameter],
+    partitions: Sequence[Tensor],
+    device: torch.device,
+    units: Sequence[int] | None = None,
 ) -> list[Tensor]:
     """Full flat tensors from every rank's slices, for several tensors in one collective.
 
@@ -152,18 +155,21 @@ def gather_partitions(
         parameters: whose slicing applies.
         partitions: this rank's real elements of each, any dtypes and devices (`local_partition`, `MasterWeights.view`).
         device: where to gather (the device of the process group).
+        units: of each, how many elements of the parameter one element of the partition stands for (a block of weights;
+            every rank owns whole ones); by default 1.
 
     Returns:
-        One tensor [ds_numel] per parameter on `device`.
+        One tensor [ds_numel / unit] per parameter on `device`.
 
     Memory: twice the sum of the full tensors, transient.
     Collectives: one all-gather of the slices' bytes; every rank must call it with the same parameters.
     """
     # Wide dtypes first, so that every slice of the byte buffer is aligned.
+    units = units or [1] * len(parameters)
     order = sorted(range(len(parameters)), key=lambda i: -partitions[i].element_size())
     padded = []
     for i in order:
-        row = torch.zeros(parameters[i].ds_tensor.ds_numel, dtype=partitions[i].dtype, device=device)
+        row = torch.zeros(parameters[i].ds_tensor.ds_numel // units[i], dtype=partitions[i].dtype, device=device)
         row.narrow(0, 0, partitions[i].numel()).copy_(partitions[i])
         padded.append(row)
     local = torch.cat([row.view(torch.uint8) for row in padded])
@@ -176,7 +182,7 @@ def gather_partitions(
     for i, row in zip(order, padded, strict=True):
         num_bytes = row.numel() * row.element_size()
         joined = rows[:, position : position + num_bytes].reshape(-1).view(row.dtype)
-        full[i] = joined.narrow(0, 0, parameters[i].ds_numel)
+        full[i] = joined.narrow(0, 0, parameters[i].ds_numel // units[i])
         position += num_bytes
     return [tensor for tensor in full if tensor is not None]
 

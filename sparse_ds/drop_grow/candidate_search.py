@@ -1,4 +1,4 @@
-"""The K positions of largest dense gradient of one matrix, found by all ranks together.
+"""The blocks (of one weight by default) of largest dense gradient of one matrix, found by all ranks together.
 
     for each tile of rows:
         dense       this rank's gradient of the rows                     rows x cols, transient
@@ -6,6 +6,9 @@
         keep        of its parts each rank keeps the K largest           at most K entries
     threshold       the K-th largest of what all ranks kept              6 all-reduces of 16 KiB (radix search)
     place           the chosen ones in ascending order, sliced over the ranks like the layer's values
+
+A block is scored by the sum of |gradient| over its weights, and stays whole in every part: below, positions and entries
+are those of blocks, K is their number.
 
 What is chosen does not depend on the number of ranks, nor on the tiles. Of the dense gradient no more than one tile is
 ever there: `TileSearch` looks at each part and forgets it. `DenseAccumulator` instead adds the parts up over several
@@ -48,7 +51,7 @@ class Candidates:
     indices: Tensor
     """[n] dtype of the layer's indices, ascending over all ranks."""
     gradient: Tensor
-    """[n] fp32, the reduced gradient by which they were found."""
+    """[n * e] fp32, the reduced gradient by which they were found."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ class Tiling:
 
     @classmethod
     def within(cls, layout: SparseLayout, tile_bytes: int, bytes_per_row: int = 0) -> Tiling:
-        """Tiles whose transient memory stays within `tile_bytes` (one row at least).
+        """Tiles whose transient memory stays within `tile_bytes` (one row of blocks at least).
 
         Args:
             layout: of the matrix.
@@ -68,23 +71,26 @@ class Tiling:
             bytes_per_row: what a row of a tile costs besides (its copy of the output's gradient).
         """
         rows = tile_bytes // (TILE_BYTES_PER_ELEMENT * layout.num_cols + bytes_per_row)
-        return cls(layout, max(1, min(rows, layout.num_rows)))
+        rows = min(rows, layout.num_rows) // layout.block_rows * layout.block_rows
+        return cls(layout, max(layout.block_rows, rows))
 
     @property
     def num_tiles(self) -> int:
         return math.ceil(self.layout.num_rows / self.rows_per_tile)
 
     def parts(self) -> Iterator[tuple[int, int]]:
-        """(first flat position, length) of this rank's part of each tile."""
+        """(first index, number of indices) of this rank's part of each tile."""
+        grid, rows_per_tile = self.layout.grid, self.rows_per_tile // self.layout.block_rows
         for tile in range(self.num_tiles):
-            first_row = tile * self.rows_per_tile
-            num_rows = min(self.rows_per_tile, self.layout.num_rows - first_row)
-            begin, end = part_of_tile(num_rows * self.layout.num_cols)
-            yield first_row * self.layout.num_cols + begin, end - begin
+            first_row = tile * rows_per_tile
+            num_rows = min(rows_per_tile, grid.num_rows - first_row)
+            begin, end = part_of_tile(num_rows * grid.num_cols)
+            yield first_row * grid.num_cols + begin, end - begin
 
 
 def reduced_parts(tiling: Tiling, operands: ProductOperands, *, squared: bool = False) -> Iterator[tuple[int, Tensor]]:
-    """(first flat position, fp32 part of this rank) of the dense gradient, reduced over ranks, tile by tile.
+    """(first index, fp32 part of this rank) of the dense gradient, reduced over ranks, tile by tile; a part is block
+    after block, row-major inside.
 
     What is not finite counts as 0: the engine skips such a step on all ranks, and until then no rank may fail alone.
 
@@ -95,14 +101,15 @@ def reduced_parts(tiling: Tiling, operands: ProductOperands, *, squared: bool = 
 
     Collectives: one reduce-scatter per tile; every rank must read all of them.
     """
+    layout = tiling.layout
     for tile, (first, length) in enumerate(tiling.parts()):
         first_row = tile * tiling.rows_per_tile
         dense_BI = gradient_block(operands, first_row, tiling.rows_per_tile)
         if squared:
             dense_BI = dense_BI.float().div_(world_size()).square_()
-        part = reduce_tile(dense_BI.view(-1))
+        part = reduce_tile(layout.block_after_block(dense_BI), layout.block_elements)
         del dense_BI
-        assert part.numel() == length
+        assert part.numel() == length * layout.block_elements
         yield first, part.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
         del part
 
@@ -122,9 +129,9 @@ class TileSearch:
         row_bytes = torch.tensor([operands.num_tokens * operands.grad_output_TO.element_size()])
         all_reduce_max_(row_bytes, operands.input_TI.device)
         tiling = Tiling.within(self._layer.layout, self._tile_bytes, int(row_bytes))
-        largest = LargestKeys(self._layer.layout.num_slots, operands.input_TI.device)
+        largest = LargestKeys(self._layer.layout.grid.num_slots, operands.input_TI.device)
         for first, part in reduced_parts(tiling, operands):
-            largest.add(part, first)
+            _look_at(part, first, tiling.layout, largest)
         return choose(self._layer, tiling, largest)
 
 
@@ -143,7 +150,8 @@ class DenseAccumulator:
     def __init__(self, layer: SparseLinear, tile_bytes: int, *, squared: bool, device: torch.device) -> None:
         self._layer, self._squared = layer, squared
         self._tiling = Tiling.within(layer.layout, tile_bytes)
-        self.sums = torch.zeros(sum(length for _, length in self._tiling.parts()), device=device)
+        num_owned = sum(length for _, length in self._tiling.parts()) * layer.layout.block_elements
+        self.sums = torch.zeros(num_owned, device=device)
         """fp32, the parts of all tiles one after the other."""
 
     def add(self, operands: ProductOperands) -> None:
@@ -155,12 +163,22 @@ class DenseAccumulator:
 
     def find(self) -> Candidates:
         """The candidates by the sums so far. Collectives: those of `choose`."""
-        largest = LargestKeys(self._layer.layout.num_slots, self.sums.device)
+        layout = self._layer.layout
+        largest = LargestKeys(layout.grid.num_slots, self.sums.device)
         position = 0
         for first, length in self._tiling.parts():
-            largest.add(self.sums[position : position + length], first)
-            position += length
+            end = position + length * layout.block_elements
+            _look_at(self.sums[position:end], first, layout, largest)
+            position = end
         return choose(self._layer, self._tiling, largest)
+
+
+def _look_at(part: Tensor, first_index: int, layout: SparseLayout, largest: LargestKeys) -> None:
+    """Let `largest` see the blocks whose gradient is `part`."""
+    if layout.block_elements == 1:
+        largest.add(part, first_index)
+    else:
+        largest.add(layout.block_sums(part.abs()), first_index, part.view(-1, layout.block_elements))
 
 
 def choose(layer: SparseLinear, tiling: Tiling, largest: LargestKeys) -> Candidates:
@@ -168,9 +186,11 @@ def choose(layer: SparseLinear, tiling: Tiling, largest: LargestKeys) -> Candida
 
     Collectives: 6 all-reduces of 16 KiB, one all-gather of 8 bytes per tile, two reduce-scatters of K elements.
     """
-    kth = kth_smallest_key(largest.keys, layer.layout.num_slots, sum_over_ranks)
+    layout = layer.layout
+    kth = kth_smallest_key(largest.keys, layout.grid.num_slots, sum_over_ranks)
     chosen = largest.keys <= kth
-    indices, gradient = index_of(largest.keys[chosen]), largest.scores[chosen]
+    indices = index_of(largest.keys[chosen])
+    gradient = largest.scores[chosen] if largest.details is None else largest.details[chosen]
     ends = torch.tensor([first + length for first, length in tiling.parts()], device=indices.device)
     up_to_P = torch.searchsorted(indices, ends)
     counts_P = up_to_P.diff(prepend=up_to_P.new_zeros(1))
@@ -179,5 +199,5 @@ def choose(layer: SparseLinear, tiling: Tiling, largest: LargestKeys) -> Candida
     tile_of = torch.repeat_interleave(torch.arange(tiling.num_tiles, device=indices.device), counts_P)
     own = torch.arange(indices.numel(), device=indices.device)
     places = first_P[tile_of] + own - (up_to_P - counts_P)[tile_of]
-    slices = place_slices(layer.values, places, [indices, gradient])
-    return Candidates(slices[0].to(layer.layout.index_dtype), slices[1])
+    slices = place_slices(layer.values, places, [indices, gradient], layout.block_elements)
+    return Candidates(slices[0].to(layout.index_dtype), slices[1].view(-1))

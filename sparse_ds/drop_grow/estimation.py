@@ -35,7 +35,7 @@ from sparse_ds.distributed.gradient_tiles import gather_slices, reduce_to_slices
 from sparse_ds.distributed.zero3_partitions import owned_range
 from sparse_ds.drop_grow.candidate_search import Candidates, DenseAccumulator, TileSearch
 from sparse_ds.kernels.product_operands import ProductOperands
-from sparse_ds.kernels.values_gradient import values_gradient
+from sparse_ds.sparse.gradient_at import gradient_at
 from sparse_ds.sparse.sparse_linear import SparseLinear
 
 Source = Literal["micro_batch", "step", "phase"]
@@ -46,11 +46,11 @@ class CandidateSums:
     """This rank's slices of one matrix, like the slices of its values."""
 
     indices: Tensor
-    """[n] candidates."""
+    """[n] candidates: blocks of e weights."""
     gradient: Tensor
-    """[n] fp32, sum of g over the counted steps of the phase; with source `phase` the sum by which they were found."""
+    """[n * e] fp32, sum of g over the counted steps of the phase; with source `phase` that by which they were found."""
     gradient_square: Tensor
-    """[n] fp32, sum of g^2."""
+    """[n * e] fp32, sum of g^2."""
 
 
 class EstimationPhase:
@@ -155,7 +155,7 @@ class EstimationPhase:
         self._begin_phase()
         self.num_counted_steps = num_counted_steps
         for name, layer in self._layers.items():
-            size = owned_range(layer.values)[1]
+            size = owned_range(layer.values)[1] // layer.layout.block_elements
             self._candidates[name] = torch.zeros(size, dtype=layer.layout.index_dtype, device=self._device)
 
     def forget(self) -> None:
@@ -178,12 +178,14 @@ class EstimationPhase:
         elif name not in self._candidates:
             self._take_candidates(name, TileSearch(layer, self._tile_bytes).find(operands))
         else:
-            indices_S = gather_slices(layer.values, self._candidates[name])
-            row_boundaries = partial(layer.layout.row_boundaries, indices_S)
-            gradient_S = values_gradient(
+            layout = layer.layout
+            indices_U = gather_slices(layer.values, self._candidates[name], layout.block_elements)
+            indices_U = indices_U[: layout.grid.num_slots]
+            gradient_S = gradient_at(
+                layout,
                 operands,
-                indices_S,
-                row_boundaries,
+                indices_U,
+                partial(layout.row_boundaries, indices_U),
                 choice=layer.path_choice,
                 scratch_elements=self._tile_bytes // 16,
             )

@@ -87,7 +87,7 @@ class EventRecord:
 
 @dataclass(frozen=True)
 class _Gathered:
-    """One tensor, global, as every rank sees it."""
+    """One tensor, global, as every rank sees it: U blocks of e weights, values and states [U * e]."""
 
     indices: Tensor
     values: Tensor
@@ -132,7 +132,7 @@ class DropAndGrow:
         self._redistributes, self._device = redistributes, device
 
     def run(self, step: int, num_to_replace: dict[str, int], seeds: Seeds) -> EventRecord:
-        """Exchange up to `num_to_replace[name]` weights of each tensor.
+        """Exchange up to `num_to_replace[name]` blocks (of one weight by default) of each tensor.
 
         The caller releases gathered parameters afterwards (`engine.empty_partition_cache()`): until then a gathered
         parameter holds its old contents.
@@ -162,7 +162,7 @@ class DropAndGrow:
                     self._growth, evidence, allotment.num_to_drop[name], allotment.num_to_grow[name]
                 )
             births += self._write(name, result, gathered, states, seeds)
-            index_hash.add(name, result.indices)
+            index_hash.add(name, self._layers[name].layout.sorted_weights(result.indices)[0])
             tensors[name] = self._describe(name, result)
         self._weight_states.write(states)
         if self._estimation is not None:
@@ -187,26 +187,28 @@ class DropAndGrow:
             evidence = self._evidence(name, step, gathered)
             dropped = smallest_magnitude(evidence.drop_scores, evidence.indices, num_to_drop[name])
             staying = without(evidence.indices, dropped)
-            room[name] = self._layers[name].layout.num_slots - staying.numel()
+            room[name] = self._layers[name].layout.grid.num_slots - staying.numel()
             scores[name] = self._growth(evidence, staying, room[name]).scores
             # Every rank has all of them: it keeps its share, so that all tensors' scores together are O(K / R).
             scores[name] = scores[name][rank() :: world_size()].clone()
         return allot(num_to_drop, scores)
 
     def _evidence(self, name: str, step: int, gathered: _Gathered) -> Evidence:
+        layout = self._layers[name].layout
         row_acc = col_acc = None
         if self._accumulators is not None:
             row_acc, col_acc = (acc.to(self._device) for acc in self._accumulators(name))
+            row_acc, col_acc = layout.sums_of_lines(row_acc, col_acc)
         changes = gathered.values
         if "event_value" in gathered.states:
             changes = gathered.values - gathered.states["event_value"]
         return Evidence(
             name=name,
-            layout=self._layers[name].layout,
+            layout=layout.grid,
             indices=gathered.indices,
-            drop_scores=changes.abs(),
+            drop_scores=layout.block_sums(changes.abs()),
             candidates=None if gathered.sums is None else gathered.sums[0],
-            candidate_scores=None if gathered.sums is None else gathered.sums[1].abs(),
+            candidate_scores=None if gathered.sums is None else layout.block_sums(gathered.sums[1].abs()),
             row_acc=row_acc,
             col_acc=col_acc,
             step=step,
@@ -217,9 +219,10 @@ class DropAndGrow:
     def _gather_all(self, states: States) -> Iterator[tuple[str, _Gathered]]:
         """Every tensor, a batch gathered at a time."""
         for batch in batches_to_gather(self._layers, lambda name: self._bytes_of(name, len(states))):
-            parameters, partitions = [], []
+            parameters, partitions, units = [], [], []
             for name in batch:
                 layer = self._layers[name]
+                block = layer.layout.block_elements
                 own = [own_indices(layer), self._master.view(layer.values)]
                 own += [self._master.view(layer.values, flats) for flats in states.values()]
                 if self._has_sums:
@@ -228,7 +231,9 @@ class DropAndGrow:
                     own += [sums.indices, sums.gradient, sums.gradient_square]
                 partitions += own
                 parameters += [layer.values] * len(own)
-            gathered = gather_partitions(parameters, partitions, self._device)
+                # Indices and candidates are blocks, all else is per weight.
+                units += [block if part is own[0] or (self._has_sums and part is own[-3]) else 1 for part in own]
+            gathered = gather_partitions(parameters, partitions, self._device, units)
             width = len(gathered) // len(batch)
             for position, name in enumerate(batch):
                 yield name, self._unpack(name, gathered[position * width : (position + 1) * width], states)
@@ -238,40 +243,44 @@ class DropAndGrow:
         return self._estimation is not None and self._estimation.num_counted_steps > 0
 
     def _unpack(self, name: str, tensors: list[Tensor], states: States) -> _Gathered:
-        num_active = self._layers[name].num_active
-        indices, values, *rest = (tensor[:num_active] for tensor in tensors[: 2 + len(states)])
-        sums = tensors[2 + len(states) :]
-        return _Gathered(
-            indices, values, dict(zip(states, rest, strict=True)), (sums[0], sums[1], sums[2]) if sums else None
-        )
+        layer, sums = self._layers[name], None
+        values, *rest = (tensor[: layer.num_active] for tensor in tensors[1 : 2 + len(states)])
+        if self._has_sums:
+            candidates, gradient, square = tensors[2 + len(states) :]
+            num_slots = layer.layout.num_slots
+            sums = candidates[: layer.layout.grid.num_slots], gradient[:num_slots], square[:num_slots]
+        indices = tensors[0][: layer.num_active // layer.layout.block_elements]
+        return _Gathered(indices, values, dict(zip(states, rest, strict=True)), sums)
 
     def _bytes_of(self, name: str, num_states: int) -> int:
         layout = self._layers[name].layout
         num_sums = 3 if self._has_sums else 0
-        return layout.num_slots * (layout.index_dtype.itemsize + 4 * (1 + num_states + num_sums))
+        return layout.num_stored * (layout.index_dtype.itemsize + 4 * (1 + num_states + num_sums))
 
     def _write(self, name: str, result: EventResult, gathered: _Gathered, states: States, seeds: Seeds) -> Counter[int]:
         """Returns the birth steps of the tensor's active weights after the event, counted."""
         layer = self._layers[name]
         start, num_real = owned_range(layer.values)
         own = slice(start, start + num_real)
-        layer.num_active = result.indices.numel()
-        values = carry_over(gathered.values, result.source)
-        new_states = {state: carry_over(old, result.source) for state, old in gathered.states.items()}
+        block = layer.layout.block_elements
+        layer.num_active = result.indices.numel() * block
+        values = carry_over(gathered.values.view(-1, block), result.source)
+        new_states = {state: carry_over(old.view(-1, block), result.source) for state, old in gathered.states.items()}
         self._seed_grown(result, gathered, new_states, seeds)
         if "event_value" in new_states:
             new_states["event_value"] = values
-        write_indices(layer, _slots(result.indices, layer))
-        self._master.write_values(layer.values, _slots(values, layer)[own])
+        layout = layer.layout
+        write_indices(layer, _padded(result.indices, layout.num_index_slots))
+        self._master.write_values(layer.values, _padded(values.view(-1), layout.num_stored)[own])
         for state, new in new_states.items():
-            self._master.view(layer.values, states[state]).copy_(_slots(new, layer)[own])
+            self._master.view(layer.values, states[state]).copy_(_padded(new.view(-1), layout.num_stored)[own])
         steps, counts = torch.unique(new_states["birth_step"], return_counts=True)
         return Counter(dict(zip(steps.tolist(), counts.tolist(), strict=True)))
 
     def _seed_grown(
         self, result: EventResult, gathered: _Gathered, new_states: dict[str, Tensor], seeds: Seeds
     ) -> None:
-        """State of the grown weights, in place: as if their gradients of the phase had gone into the moments."""
+        """State [U, e] of the grown blocks, in place: as if their gradients of the phase had gone into the moments."""
         grown = (result.source < 0).nonzero().view(-1)
         new_states["birth_step"][grown] = seeds.birth_step
         if seeds.betas is None or gathered.sums is None:
@@ -281,22 +290,25 @@ class DropAndGrow:
         candidates, gradient_sum, square_sum = gathered.sums
         places = torch.searchsorted(candidates, result.indices[grown])
         beta1, beta2 = seeds.betas
+        block = new_states["exp_avg"].shape[1]
+        gradient_sum, square_sum = gradient_sum.view(-1, block), square_sum.view(-1, block)
         new_states["exp_avg"][grown] = gradient_sum[places] * ((1 - beta1**num_steps) / num_steps)
         new_states["exp_avg_sq"][grown] = square_sum[places] * ((1 - beta2**num_steps) / num_steps)
 
     def _describe(self, name: str, result: EventResult) -> TensorRecord:
         layout = self._layers[name].layout
-        num_cols = torch.bincount(layout.cols_of(result.indices.long()), minlength=1).count_nonzero()
+        grid = layout.grid
+        num_cols = torch.bincount(grid.cols_of(result.indices.long()), minlength=1).count_nonzero()
         return TensorRecord(
-            num_replaced=result.num_replaced,
-            num_active=result.indices.numel(),
-            num_rows=torch.unique_consecutive(layout.rows_of(result.indices)).numel(),
-            num_cols=int(num_cols),
+            num_replaced=result.num_replaced * layout.block_elements,
+            num_active=result.indices.numel() * layout.block_elements,
+            num_rows=torch.unique_consecutive(grid.rows_of(result.indices)).numel() * layout.block_rows,
+            num_cols=int(num_cols) * layout.block_cols,
         )
 
 
-def _slots(active: Tensor, layer: SparseLinear) -> Tensor:
-    """[S] with zeros behind the active weights."""
-    padded = active.new_zeros(layer.layout.num_slots)
+def _padded(active: Tensor, size: int) -> Tensor:
+    """[size] with zeros behind the active ones."""
+    padded = active.new_zeros(size)
     padded[: active.numel()] = active
     return padded

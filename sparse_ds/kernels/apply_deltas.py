@@ -3,6 +3,9 @@
 The merged weight is `round(fp32 w + fp32 value)` to the dtype of the buffer: the same rule in the forward pass, in the
 backward pass and in the exported checkpoint, so that all of them see one and the same model. In bf16 a delta below
 half a unit in the last place of its weight leaves the weight unchanged ("hidden").
+
+Where active weights come in strips of `n` neighbours (rows of blocks), the positions are those of the strips in the
+buffer read as [N / n, n], and every [K] below is [number of strips, n].
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ def merged_values(weights_K: Tensor, values_K: Tensor) -> Tensor:
 
     Args:
         weights_K: [K] base weights at the indices, any floating dtype.
-        values_K: [K] fp32 deltas.
+        values_K: [K] fp32 deltas, same shape.
     """
     return (weights_K.float() + values_K).to(weights_K.dtype)
 
@@ -34,7 +37,7 @@ def deltas_applied(weight_OI: Tensor, indices_K: Tensor, values_K: Tensor) -> It
     Args:
         weight_OI: [O, I] contiguous, edited in place (it may be ZeRO-3's gathered buffer, or with one rank the
             partition itself).
-        indices_K: [K] flat row-major positions, int32 or int64, unique.
+        indices_K: [K] flat row-major positions, int32 or int64, unique; of strips where the values are [.., n].
         values_K: [K] fp32.
     """
     if triton_kernels.available(weight_OI):
@@ -45,7 +48,7 @@ def deltas_applied(weight_OI: Tensor, indices_K: Tensor, values_K: Tensor) -> It
             triton_kernels.put_back_(weight_OI, indices_K, saved_K)
         return
     # `index_copy_` takes int64 only; it is the fastest write there is (bf16 `scatter_` takes ten times as long).
-    flat_N, positions_K = weight_OI.view(-1), indices_K.long()
+    flat_N, positions_K = weight_OI.view(-1, *values_K.shape[1:]), indices_K.long()
     saved_K = flat_N.index_select(0, positions_K)
     flat_N.index_copy_(0, positions_K, merged_values(saved_K, values_K))
     try:
@@ -59,7 +62,7 @@ def apply_deltas_(weight_OI: Tensor, indices_K: Tensor, values_K: Tensor) -> Ten
     if triton_kernels.available(weight_OI):
         triton_kernels.put_deltas_(weight_OI, indices_K, values_K)
         return weight_OI
-    flat_N, positions_K = weight_OI.view(-1), indices_K.long()
+    flat_N, positions_K = weight_OI.view(-1, *values_K.shape[1:]), indices_K.long()
     flat_N.index_copy_(0, positions_K, merged_values(flat_N.index_select(0, positions_K), values_K))
     return weight_OI
 

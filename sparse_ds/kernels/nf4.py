@@ -14,6 +14,7 @@ Reference: QLoRA: Efficient Finetuning of Quantized LLMs (Dettmers et al. 2023, 
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 
 import bitsandbytes.functional as bnb
@@ -135,9 +136,13 @@ def dequantize_nf4(
     Returns:
         A new contiguous tensor [O, I]; the caller may write into it.
     """
+    num_elements = math.prod(shape)
+    # bitsandbytes' CPU kernel (0.50.2) takes wrong scales for a matrix with, say, 32 or 96 columns, where blocks of 64
+    # go over the ends of rows. As one row, or with a block a row, it is right; the elements are in the same order.
+    flat_shape = (num_elements // BLOCK_SIZE, BLOCK_SIZE) if num_elements % BLOCK_SIZE == 0 else (1, num_elements)
     state = bnb.QuantState(
         absmax=absmax,
-        shape=torch.Size(shape),
+        shape=torch.Size(flat_shape),
         dtype=dtype,
         blocksize=BLOCK_SIZE,
         code=nf4_code(packed.device),

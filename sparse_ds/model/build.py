@@ -54,7 +54,9 @@ class SparseSettings:
     density: float
     seed: int
     bernoulli: bool = False
-    """Every weight is active with probability `density`, instead of exactly floor(density * N) of them."""
+    """Every block is active with probability `density`, instead of exactly floor(density * number) of them."""
+    block_size: tuple[int, int] = (1, 1)
+    """Rows and columns of the active unit, a block of neighbouring weights of a target matrix."""
     slots_per_active: float = 1.0
     """Room in each matrix: this many times its active weights, at most all its weights."""
     train_biases: bool = False
@@ -155,28 +157,54 @@ def _refused_config(checkpoint: BaseCheckpoint, error: Exception) -> UserError:
     )
 
 
-def plan_layouts(model: nn.Module, sparse: SparseSettings) -> dict[str, SparseLayout]:
+def plan_layouts(model: nn.Module, sparse: SparseSettings, num_ranks: int = 1) -> dict[str, SparseLayout]:
     """Layout of every target layer, by module name.
 
+    Args:
+        model: from `empty_model`.
+        sparse: which weights train.
+        num_ranks: that share what is stored; every one is to own whole blocks.
+
     Raises:
-        UserError: no layer matches, or the density gives no active weight in some layer.
+        UserError: no layer matches, the blocks do not divide some matrix, or the density gives no active block in it.
     """
     layouts = {}
     for name in find_targets(model, sparse.target_modules):
         linear = model.get_submodule(name)
         assert isinstance(linear, nn.Linear)
-        num_elements = linear.in_features * linear.out_features
-        num_active = num_active_weights(sparse.density, num_elements)
-        if sparse.bernoulli:
-            num_active = bernoulli_subset(num_elements, sparse.density, seed=sparse.seed, name=name).numel()
-        if num_active == 0:
-            raise UserError(
-                f"method.density: {sparse.density} of the {num_elements} weights of {name} is less than one weight; "
-                f"expected a density of at least {1.01 / num_elements:.3g} for this layer."
-            )
-        num_slots = min(num_elements, math.floor(sparse.slots_per_active * num_active))
-        layouts[name] = SparseLayout(linear.out_features, linear.in_features, num_active, num_slots - num_active)
+        layouts[name] = _plan_layout(name, (linear.out_features, linear.in_features), sparse, num_ranks)
     return layouts
+
+
+def _plan_layout(name: str, shape: tuple[int, int], sparse: SparseSettings, num_ranks: int) -> SparseLayout:
+    block_rows, block_cols = sparse.block_size
+    unit, size = ("weight", "") if sparse.block_size == (1, 1) else ("block", f" of {block_rows} x {block_cols}")
+    if shape[0] % block_rows or shape[1] % block_cols:
+        raise UserError(
+            f"method.block_size: {name} has {shape[0]} rows and {shape[1]} columns, which blocks of {block_rows} x "
+            f"{block_cols} do not divide. Choose sides that divide them ({math.gcd(shape[0], 64)} and "
+            f"{math.gcd(shape[1], 64)} do), or leave the matrix out of method.target_modules."
+        )
+    num_blocks = shape[0] // block_rows * (shape[1] // block_cols)
+    num_active = num_active_weights(sparse.density, num_blocks)
+    if sparse.bernoulli:
+        num_active = bernoulli_subset(num_blocks, sparse.density, seed=sparse.seed, name=name).numel()
+    if num_active == 0:
+        raise UserError(
+            f"method.density: {sparse.density} of the {num_blocks} {unit}s{size} of {name} is less than one {unit}; "
+            f"expected a density of at least {1.01 / num_blocks:.3g} for this layer."
+        )
+    num_slots = min(num_blocks, math.floor(sparse.slots_per_active * num_active))
+    elements = block_rows * block_cols
+    return SparseLayout(
+        shape[0],
+        shape[1],
+        num_active * elements,
+        (num_slots - num_active) * elements,
+        block_rows,
+        block_cols,
+        padding_slots=-num_slots % num_ranks * elements if elements > 1 else 0,
+    )
 
 
 def plan_vector_layouts(
@@ -210,12 +238,13 @@ def plan_vector_layouts(
 
 
 def initial_indices(layout: SparseLayout, sparse: SparseSettings, name: str) -> Tensor:
-    """[K] int64, the random weights that are active first: the same on every machine and world size."""
+    """[U] int64, the random blocks that are active first: the same on every machine and world size."""
+    grid = layout.grid
     if sparse.bernoulli:
-        drawn = bernoulli_subset(layout.num_elements, sparse.density, seed=sparse.seed, name=name)
-        if drawn.numel() == layout.num_active:
+        drawn = bernoulli_subset(grid.num_elements, sparse.density, seed=sparse.seed, name=name)
+        if drawn.numel() == grid.num_active:
             return drawn
-    return random_subset(layout.num_elements, layout.num_active, seed=sparse.seed, name=name)
+    return random_subset(grid.num_elements, grid.num_active, seed=sparse.seed, name=name)
 
 
 BaseParameters = dict[str, dict[str, Parameter]]
@@ -328,13 +357,13 @@ class _SparseMaker:
 
     def _deltas(self, name: str) -> dict[str, Parameter]:
         layout = self.layout
-        indices_K = initial_indices(layout, self.sparse, name)
-        indices_S = F.pad(indices_K, (0, layout.spare_slots)).to(layout.index_dtype)
+        indices_U = initial_indices(layout, self.sparse, name)
+        indices_S = F.pad(indices_U, (0, layout.num_index_slots - indices_U.numel())).to(layout.index_dtype)
         return {
             "indices": self.partitioned.make(
-                (layout.num_slots,), layout.index_dtype, slice_of(indices_S), requires_grad=False
+                (layout.num_index_slots,), layout.index_dtype, slice_of(indices_S), requires_grad=False
             ),
-            "values": self.partitioned.make((layout.num_slots,), torch.float32, requires_grad=True),
+            "values": self.partitioned.make((layout.num_stored,), torch.float32, requires_grad=True),
         }
 
     def _empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Parameter:

@@ -13,6 +13,7 @@ from sparse_ds.config.errors import UserError
 ALL_LINEAR = "all-linear"
 _IN_BLOCK = re.compile(r"(^|\.)layers?\.\d+\.")
 """Decoders call their blocks `layers`, encoders `layer`."""
+_IS_BLOCK = re.compile(r"(^|\.)layers?\.\d+$")
 
 
 def find_targets(model: nn.Module, target_modules: Sequence[str] | str) -> list[str]:
@@ -50,6 +51,11 @@ def find_targets(model: nn.Module, target_modules: Sequence[str] | str) -> list[
             )
         chosen.update(matched)
     return [name for name in linears if name in chosen]
+
+
+def find_blocks(model: nn.Module) -> list[str]:
+    """Names of the transformer blocks, in the order of the model."""
+    return [name for name, _ in model.named_modules() if _IS_BLOCK.search(name)]
 
 
 def find_norms(model: nn.Module) -> list[str]:

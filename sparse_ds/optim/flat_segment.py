@@ -10,10 +10,13 @@ Padding is uninitialised memory (any bit pattern, NaN included), so nobody touch
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from sparse_ds.sparse.layout import SparseLayout
 
 
 @dataclass(slots=True, eq=False)
@@ -33,6 +36,8 @@ class FlatSegment:
         num_rows, num_cols: shape of the whole target matrix.
         indices: [length] int32 or int64, flat row-major positions, any device; None for a dense segment.
         start: first flat position of a dense segment; 0 for a sparse one.
+        block_rows, block_cols: sides of the blocks of a sparse segment. Larger ones than 1 x 1 are whole, one after the
+            other, and `indices` are theirs on the grid (`sparse.layout`).
     """
 
     name: str
@@ -42,15 +47,25 @@ class FlatSegment:
     num_cols: int
     indices: Tensor | None = None
     start: int = 0
+    block_rows: int = 1
+    block_cols: int = 1
+
+    @property
+    def layout(self) -> SparseLayout:
+        """Of the matrix."""
+        return SparseLayout(self.num_rows, self.num_cols, 0, block_rows=self.block_rows, block_cols=self.block_cols)
 
     def positions(self, begin: int, end: int, device: torch.device) -> Tensor:
         """Flat row-major positions of elements `begin .. end - 1` of this segment: [end - begin] int32 or int64."""
         if self.indices is None:
             return torch.arange(self.start + begin, self.start + end, device=device)
-        assert self.indices.numel() == self.length, (
+        size = self.block_rows * self.block_cols
+        assert self.indices.numel() * size == self.length, (
             f"segment {self.name!r}: {self.indices.numel()} indices for {self.length} values"
         )
-        return self.indices[begin:end].to(device)
+        first, last = begin // size, -(-end // size)
+        weights = self.layout.weights_of(self.indices[first:last].to(device))
+        return weights[begin - first * size : end - first * size]
 
     def check(self, flat_numel: int) -> None:
         """Assert that the segment lies inside its flat tensor, and its positions (all are read) inside the matrix."""
@@ -68,9 +83,25 @@ class FlatSegment:
             )
             return
         assert self.start == 0, f"segment {self.name!r}: `start` belongs to dense segments"
-        assert self.indices.dtype in (torch.int32, torch.int64) and self.indices.shape == (self.length,), (
+        layout = self.layout
+        shape = (self.length // layout.block_elements,)
+        assert self.indices.dtype in (torch.int32, torch.int64) and self.indices.shape == shape, (
             f"segment {self.name!r}: {self.indices.dtype} indices {tuple(self.indices.shape)} for {self.length} values"
         )
         if self.length:
             lowest, highest = torch.aminmax(self.indices)
-            assert lowest >= 0 and highest < numel, f"segment {self.name!r}: indices outside of 0 .. {numel - 1}"
+            end = layout.num_positions - 1
+            assert lowest >= 0 and highest <= end, f"segment {self.name!r}: indices outside of 0 .. {end}"
+
+
+def padding_ranges(segments: Sequence[FlatSegment], flat_numel: int) -> list[tuple[int, int]]:
+    """[begin, end) of what lies between the segments, which ascend by offset; none of them is empty."""
+    ends = [0, *(segment.offset + segment.length for segment in segments)]
+    begins = [*(segment.offset for segment in segments), flat_numel]
+    return [(end, begin) for end, begin in zip(ends, begins, strict=True) if end < begin]
+
+
+def padding_positions(ranges: Sequence[tuple[int, int]], device: torch.device) -> Tensor | None:
+    """[n] int64 positions in the flat tensor of the [begin, end) ranges of its padding; None without any."""
+    pieces = [torch.arange(begin, end) for begin, end in ranges if begin < end]
+    return torch.cat(pieces).to(device) if pieces else None

@@ -49,6 +49,10 @@ class RowColAccumulators:
         self.committed = torch.cat([self.committed.to(device), room])
         self.pending = torch.cat([self.pending.to(device), room])
 
+    def offset(self, name: str) -> int:
+        """Where in the buffer the rows of one tensor begin; its columns follow them."""
+        return self._offsets[name]
+
     def split(self, name: str, buffer: Tensor) -> tuple[Tensor, Tensor]:
         """Views `(row [num_rows], col [num_cols])` of one tensor in `buffer` (`committed` or `pending`)."""
         offset, (num_rows, num_cols) = self._offsets[name], self._shapes[name]

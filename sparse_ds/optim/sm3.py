@@ -32,21 +32,21 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from sparse_ds.optim.flat_segment import FlatSegment
+from sparse_ds.optim.accumulator_slots import AccumulatorSlots
+from sparse_ds.optim.flat_segment import FlatSegment, padding_positions, padding_ranges
 from sparse_ds.optim.row_col_accumulators import RowColAccumulators
 
-# Elements updated at a time. It bounds the transient memory (about 45 bytes an element) at 94 MB.
-_CHUNK_ELEMENTS = 1 << 21
+# Elements updated at a time. It bounds the transient memory (about 45 bytes an element) at 47 MB.
+_CHUNK_ELEMENTS = 1 << 20
 
 
 def sm3_update_(
     values: Tensor,
     grad: Tensor,
-    positions: Tensor,
-    row_acc: Tensor,
-    col_acc: Tensor,
-    pending_row_acc: Tensor,
-    pending_col_acc: Tensor,
+    rows: Tensor,
+    cols: Tensor,
+    accumulators: Tensor,
+    pending: Tensor,
     exp_avg: Tensor | None,
     *,
     lr: float,
@@ -54,7 +54,7 @@ def sm3_update_(
     momentum: float,
     eps: float,
 ) -> None:
-    """One SM3-II step of some active entries of one matrix; equations at the top of this file.
+    """One SM3-II step of some active entries of any matrices; equations at the top of this file.
 
     Every elementary operation is rounded on its own (no fused multiply-add), so that the result is bit for bit the
     same however the entries are cut into calls.
@@ -62,20 +62,17 @@ def sm3_update_(
     Args:
         values: [n] fp32, updated in place.
         grad: [n], left as it is.
-        positions: [n] int32 or int64 flat row-major positions of the entries.
-        row_acc, col_acc: [num_rows], [num_cols] fp32 accumulators at the end of the previous step; only read.
-        pending_row_acc, pending_col_acc: the same shapes; raised in place to the new nu.
+        rows, cols: [n] int64, where each entry's row and column accumulators lie.
+        accumulators: fp32, all of them, at the end of the previous step; only read.
+        pending: the same shape; raised in place to the new nu.
         exp_avg: [n] fp32, updated in place; None without momentum.
         lr, weight_decay, momentum, eps: as in the equations.
     """
     grad = grad.float()
-    rows = torch.div(positions, col_acc.numel(), rounding_mode="trunc")
-    cols = (positions - rows * col_acc.numel()).long()
-    rows = rows.long()
-    nu = torch.minimum(row_acc[rows], col_acc[cols])
+    nu = torch.minimum(accumulators.index_select(0, rows), accumulators.index_select(0, cols))
     nu.add_(grad.square())
-    pending_row_acc.scatter_reduce_(0, rows, nu, "amax")
-    pending_col_acc.scatter_reduce_(0, cols, nu, "amax")
+    pending.scatter_reduce_(0, rows, nu, "amax")
+    pending.scatter_reduce_(0, cols, nu, "amax")
     root = nu.add_(eps).sqrt_()
     update = torch.div(grad, root).masked_fill_(root == 0, 0.0)
     if exp_avg is not None:
@@ -100,7 +97,7 @@ class SparseSM3(torch.optim.Optimizer):
     `step`).
 
     Memory: 2 x 4 bytes per row and column; with momentum 4 bytes per element in `state[flat]["exp_avg"]`; transient
-    at most 94 MB.
+    at most 47 MB.
 
     Args:
         params: as for every torch optimizer.
@@ -137,6 +134,8 @@ class SparseSM3(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "eps": eps})
         self._accumulators = RowColAccumulators()
         self._segments: dict[Tensor, list[FlatSegment]] = {}
+        self._padding: dict[Tensor, Tensor | None] = {}
+        self._slots: dict[Tensor, AccumulatorSlots] = {}
         self._stepped: set[Tensor] = set()
 
     def register_flat(self, flat: Tensor, segments: list[FlatSegment]) -> None:
@@ -147,8 +146,8 @@ class SparseSM3(torch.optim.Optimizer):
 
         Args:
             flat: contiguous fp32 tensor of any shape, the very object that `step` will find in a param group.
-            segments: its real elements, non-overlapping, ascending by offset; anything else is padding, never
-            touched.
+            segments: its real elements, non-overlapping, ascending by offset; anything else is padding: its values
+                are never changed, its gradients never used (`step` sets them to 0).
         """
         assert flat.dtype == torch.float32 and flat.is_contiguous(), (
             f"flat tensor: {flat.dtype}, expected contiguous fp32"
@@ -164,6 +163,7 @@ class SparseSM3(torch.optim.Optimizer):
             assert shapes.setdefault(segment.name, shape) == shape, f"{segment.name!r}: segments of different shapes"
         self._accumulators.add(shapes, flat.device)
         self._segments[flat] = list(segments)
+        self._padding[flat] = padding_positions(padding_ranges(segments, flat.numel()), flat.device)
         if any(group["momentum"] for group in self.param_groups):
             self.state[flat]["exp_avg"] = torch.zeros_like(flat, requires_grad=False)
 
@@ -221,26 +221,40 @@ class SparseSM3(torch.optim.Optimizer):
         self._stepped.add(flat)
         exp_avg = self.state[flat]["exp_avg"].view(-1) if group["momentum"] else None
         assert flat.grad is not None
-        values, grad = flat.detach().view(-1), flat.grad.reshape(-1)
-        for segment in self._segments[flat]:
-            accumulators = (
-                *self._accumulators.split(segment.name, self._accumulators.committed),
-                *self._accumulators.split(segment.name, self._accumulators.pending),
+        if not any(segment.length for segment in self._segments[flat]):
+            return
+        values, grad, padding = flat.detach().view(-1), flat.grad.view(-1), self._padding[flat]
+        untouched = None
+        if padding is not None:
+            grad.index_fill_(0, padding, 0.0)
+            untouched = values.index_select(0, padding)
+        for chunk, rows, cols in self._slots_of(flat):
+            sm3_update_(
+                values[chunk],
+                grad[chunk],
+                rows,
+                cols,
+                self._accumulators.committed,
+                self._accumulators.pending,
+                None if exp_avg is None else exp_avg[chunk],
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                momentum=group["momentum"],
+                eps=group["eps"],
             )
-            for begin in range(0, segment.length, _CHUNK_ELEMENTS):
-                end = min(begin + _CHUNK_ELEMENTS, segment.length)
-                chunk = slice(segment.offset + begin, segment.offset + end)
-                sm3_update_(
-                    values[chunk],
-                    grad[chunk],
-                    segment.positions(begin, end, flat.device),
-                    *accumulators,
-                    None if exp_avg is None else exp_avg[chunk],
-                    lr=group["lr"],
-                    weight_decay=group["weight_decay"],
-                    momentum=group["momentum"],
-                    eps=group["eps"],
-                )
+        if padding is not None and untouched is not None:
+            values.index_copy_(0, padding, untouched)
+
+    def _slots_of(self, flat: Tensor) -> AccumulatorSlots:
+        if flat not in self._slots:
+            self._slots[flat] = AccumulatorSlots(
+                self._segments[flat],
+                flat.numel(),
+                self._accumulators.offset,
+                chunk_elements=_CHUNK_ELEMENTS,
+                device=flat.device,
+            )
+        return self._slots[flat]
 
     def finish_step(self) -> None:
         """Make the pending accumulators current; once a step, after its `step` calls and the reduction."""

@@ -55,12 +55,13 @@ def carry_over(state_K: Tensor, source: Tensor) -> Tensor:
     """Values or state per weight after an event: kept weights keep theirs, grown ones start at 0.
 
     Args:
-        state_K: [K] state by old slot, any dtype.
+        state_K: [K] state by old slot, any dtype; [U, e] where a slot is a block of e weights.
         source: [n] int64, `EventResult.source` or a slice of it (the slots that one rank owns).
 
     Returns:
-        [n], dtype of `state_K`.
+        [n] or [n, e], dtype of `state_K`.
     """
     if source.numel() == 0 or state_K.numel() == 0:
-        return state_K.new_zeros(source.numel())
-    return state_K[source.clamp(min=0)].masked_fill_(source < 0, 0)
+        return state_K.new_zeros(source.numel(), *state_K.shape[1:])
+    grown = (source < 0).view(-1, *(1 for _ in state_K.shape[1:]))
+    return state_K[source.clamp(min=0)].masked_fill_(grown, 0)

@@ -201,9 +201,11 @@ def _alone(histogram: Tensor) -> Tensor:
 class LargestKeys:
     """The k largest |scores| among the pieces that this rank has seen.
 
-    Memory: 12 bytes per kept entry, at most k of them. While a piece is added, at most 14 bytes per entry of the piece
-    (its own 4 not counted) and 80 bytes per kept entry come on top. Time: O(piece + k); once k entries are kept, what
-    is below the smallest of them is dropped in one comparison.
+    An entry may be a block of weights, whose score is a sum over it: then `details` holds a number of each.
+
+    Memory: 12 bytes per kept entry, and 4 per detail, at most k of them. While a piece is added, at most 14 bytes per
+    entry of the piece (its own 4 not counted) and 80 bytes per kept entry come on top. Time: O(piece + k); once k
+    entries are kept, what is below the smallest of them is dropped in one comparison.
 
     Args:
         k: how many to keep, >= 0.
@@ -212,6 +214,7 @@ class LargestKeys:
     Attributes:
         keys: [<= k] int64 keys of the kept entries, ascending by index (not by key).
         scores: [<= k] fp32 their scores, with sign.
+        details: [<= k, e] fp32, what was added with them; None if nothing was.
     """
 
     def __init__(self, k: int, device: torch.device | str) -> None:
@@ -219,15 +222,17 @@ class LargestKeys:
         self.k = k
         self.keys = torch.empty(0, dtype=torch.int64, device=device)
         self.scores = torch.empty(0, dtype=torch.float32, device=device)
+        self.details: Tensor | None = None
         self._bound = 1 << 63  # keys from here on are of no interest
         self._end = 0
 
-    def add(self, scores: Tensor, first_index: int) -> None:
+    def add(self, scores: Tensor, first_index: int, details: Tensor | None = None) -> None:
         """Look at the entries first_index, first_index + 1, ... of the tensor.
 
         Args:
             scores: [n] fp32, the reduced piece; it is not kept.
             first_index: flat position of its first entry. Pieces must not overlap; ascending order saves a sort.
+            details: [n, e] fp32, with every piece or with none.
 
         Raises:
             RuntimeError: a score is not finite. On this rank only: agree over ranks before all of them raise.
@@ -243,14 +248,20 @@ class LargestKeys:
         keys = (distances[positions].long() << INDEX_BITS) | (positions + first_index)
         self.keys = torch.cat([self.keys, keys])
         self.scores = torch.cat([self.scores, scores.detach()[positions]])
+        if details is not None:
+            before = details[:0] if self.details is None else self.details
+            self.details = torch.cat([before, details.detach()[positions]])
         if first_index < self._end:
-            order = index_of(self.keys).argsort()
-            self.keys, self.scores = self.keys[order], self.scores[order]
+            self._keep(index_of(self.keys).argsort())
         self._end = max(self._end, end)
         if self.keys.numel() > self.k:
             kth = kth_smallest_key(self.keys, self.k, _alone)
-            kept = self.keys <= kth
-            self.keys, self.scores, self._bound = self.keys[kept], self.scores[kept], kth
+            self._keep(self.keys <= kth)
+            self._bound = kth
+
+    def _keep(self, chosen: Tensor) -> None:
+        self.keys, self.scores = self.keys[chosen], self.scores[chosen]
+        self.details = None if self.details is None else self.details[chosen]
 
 
 def _smallest_positions(distances: Tensor, k: int, limit: int) -> Tensor:

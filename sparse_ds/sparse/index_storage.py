@@ -16,7 +16,10 @@ from sparse_ds.sparse.sparse_linear import SparseLayer
 
 
 def own_indices(layer: SparseLayer) -> Tensor:
-    """[n] integers: this rank's slots, sliced like the layer's values; to be read, not written. Collectives: none."""
+    """[n] integers: the blocks of this rank's slice of the layer's values; to be read, not written.
+
+    Collectives: none.
+    """
     return local_partition(layer.indices)
 
 
@@ -27,11 +30,11 @@ def write_indices(layer: SparseLayer, indices_S: Tensor) -> None:
 
     Args:
         layer: its `num_active` is that of the new indices already.
-        indices_S: [S] of any integer dtype; the first `num_active` unique and ascending, 0 behind them.
+        indices_S: [`num_index_slots`] of any integer dtype; the active ones unique and ascending, 0 behind them.
 
     Collectives: none.
     """
-    assert indices_S.shape == (layer.layout.num_slots,), f"{tuple(indices_S.shape)} for {layer.layout}"
+    assert indices_S.shape == (layer.layout.num_index_slots,), f"{tuple(indices_S.shape)} for {layer.layout}"
     start, num_real = owned_range(layer.indices)
     local_partition(layer.indices).copy_(indices_S[start : start + num_real])
     layer.indices_changed()

@@ -5,7 +5,7 @@
     packed      [ceil(N / 2)] uint8                 no       partitioned  \\
     absmax      [ceil(N / 64)] fp32 or uint8        no       partitioned   NF4 base (`kernels.nf4`)
     nested_statistics  [...] fp32, optional         no       partitioned  /
-    indices     [S] int32 or int64, ascending       no       partitioned
+    indices     [S / e] int32 or int64, ascending   no       partitioned   (e weights a block, `SparseLayout`)
     values      [S] fp32                            yes      partitioned
     bias        [O], optional                       no       partitioned   (or a `SparseVector` of its own)
 
@@ -13,8 +13,8 @@
     backward    dX = dY W'            W' rebuilt the same way from the gathered parameters
                 d values = (dY^T X) at indices, without the dense product as a whole
 
-Of the S slots the first K = `num_active` hold the active weights. Only where events may move weights between matrices
-are there more; slots behind K are 0, get the gradient 0 and have no effect.
+Of the S slots the first K = `num_active` hold the active weights. Only where events may move weights between matrices,
+or to fill up a rank's last block, are there more; slots behind K are 0, get the gradient 0 and have no effect.
 
 All parameters belong to the layer itself, so DeepSpeed gathers them together before its forward and its backward and
 releases them after. Rules that keep this safe under prefetch, persistence, offload and activation checkpointing: only
@@ -38,7 +38,7 @@ from sparse_ds.kernels.apply_deltas import apply_deltas_, deltas_applied, hidden
 from sparse_ds.kernels.crossover import AUTO, PathChoice
 from sparse_ds.kernels.nf4 import dequantize_nf4
 from sparse_ds.kernels.product_operands import InputUse, ProductOperands, use_input
-from sparse_ds.kernels.values_gradient import values_gradient
+from sparse_ds.sparse.gradient_at import gradient_at
 from sparse_ds.sparse.layout import SparseLayout
 from sparse_ds.sparse.sparse_vector import SparseVector
 
@@ -108,8 +108,8 @@ class SparseLinear(nn.Module):
 
     @property
     def active_indices(self) -> Tensor:
-        """[K] of the gathered indices."""
-        return self.indices.data[: self.num_active]
+        """[K / e] of the gathered indices."""
+        return self.indices.data[: self.num_active // self.layout.block_elements]
 
     def indices_changed(self) -> None:
         """To be called after every change of `indices` or `num_active`: what is known about them is dropped."""
@@ -129,6 +129,8 @@ class SparseLinear(nn.Module):
     def merged_weight(self) -> Iterator[Tensor]:
         """Within the context: W' [O, I]. Parameters must be gathered. A dense base is edited and restored."""
         indices_K, values_K = self.active_indices, self.values.data[: self.num_active]
+        if self.layout.block_elements > 1:
+            indices_K, values_K = self.layout.strips_of(indices_K), values_K.view(-1, self.layout.block_cols)
         if self.packed is not None:
             yield self._dequantized(indices_K, values_K)
         else:
@@ -144,7 +146,7 @@ class SparseLinear(nn.Module):
         nested = None if self.nested_statistics is None else self.nested_statistics.data
         stored = self.packed.data, self.absmax.data, nested
         if triton_kernels.available(self.packed) and not self.count_hidden:
-            if self._tile_begins is None:
+            if self._tile_begins is None and values_K.dim() == 1:
                 self._tile_begins = triton_kernels.tile_begins(indices_K, self.layout.num_elements)
             return triton_kernels.dequantize_with_deltas(
                 *stored, indices_K, values_K, shape=shape, dtype=dtype, begins=self._tile_begins
@@ -155,7 +157,9 @@ class SparseLinear(nn.Module):
 
     def _note_hidden(self, weight_OI: Tensor, indices_K: Tensor, values_K: Tensor) -> None:
         if self.count_hidden:
-            self.hidden_deltas = hidden_counts(weight_OI.view(-1).index_select(0, indices_K), values_K)
+            self.hidden_deltas = hidden_counts(
+                weight_OI.view(-1, *values_K.shape[1:]).index_select(0, indices_K), values_K
+            )
 
 
 class _SparseLinearFunction(torch.autograd.Function):
@@ -186,12 +190,12 @@ class _SparseLinearFunction(torch.autograd.Function):
             )
             if layer.observe_gradient is not None:
                 layer.observe_gradient(operands)
-            grad_values = values_gradient(
-                operands, layer.active_indices, layer.row_boundaries, choice=layer.path_choice
+            grad_values = gradient_at(
+                layout, operands, layer.active_indices, layer.row_boundaries, choice=layer.path_choice
             )
             operands.done()
-            if layout.spare_slots:
-                grad_values = F.pad(grad_values, (0, layout.num_slots - layer.num_active))
+            if layout.num_stored > layer.num_active:
+                grad_values = F.pad(grad_values, (0, layout.num_stored - layer.num_active))
         if ctx.needs_input_grad[2]:
             grad_bias = grad_output.reshape(-1, layout.num_rows).sum(0)
         return grad_input, grad_values, grad_bias, None, None

@@ -143,6 +143,8 @@ class EngineState:
         for name, layer in self.layers.items():
             number, num_slots = counters.num_active.get(name, 0), layer.layout.num_slots
             least = 0 if layer.layout.spare_slots else num_slots
+            if problem is None and number % layer.layout.block_elements:
+                problem = f"has {number} active weights of {name}, expected whole blocks"
             if problem is None and not least <= number <= num_slots:
                 problem = f"has {number} active weights of {name}, expected {least} to {num_slots}"
         if problem:
@@ -154,7 +156,15 @@ class EngineState:
             values, layout = self.layers[name].values, self.layers[name].layout
             size = layout.num_slots
             items.append(
-                StateItem(f"{name}.candidates", values, sums.indices, size, limit=layout.num_elements, ascending=True)
+                StateItem(
+                    f"{name}.candidates",
+                    values,
+                    sums.indices,
+                    layout.grid.num_slots,
+                    limit=layout.num_positions,
+                    ascending=True,
+                    unit=layout.block_elements,
+                )
             )
             items.append(StateItem(f"{name}.gradient_sum", values, sums.gradient, size))
             items.append(StateItem(f"{name}.gradient_square_sum", values, sums.gradient_square, size))

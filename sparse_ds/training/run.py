@@ -282,7 +282,12 @@ class _Training:
         config = self.config
         trained = [p for p in self.prepared.model.parameters() if p.requires_grad]
         arguments = make_training_arguments(
-            config, self.launch.world_size, max(full_size(p) for p in trained), self.output.path, self.device
+            config,
+            self.launch.world_size,
+            max(full_size(p) for p in trained),
+            self.output.path,
+            self.device,
+            self.prepared.gathered_block,
         )
         if self.scorers:
             self.tasks = ScoreTasks(

@@ -70,11 +70,16 @@ def save_deltas(
     gathered: list[tuple[str, Tensor, Tensor]] = []
     dense: dict[str, Tensor] = {}
     for name, layer in layers.items():
-        indices_K, values_K = gather_partitions(
-            [layer.values, layer.values], [own_indices(layer), master.view(layer.values)], device
+        indices_U, values_K = gather_partitions(
+            [layer.values, layer.values],
+            [own_indices(layer), master.view(layer.values)],
+            device,
+            [layer.layout.block_elements, 1],
         )
         if process_group.rank() == 0:
-            gathered.append((name, indices_K[: layer.num_active].cpu(), values_K[: layer.num_active].cpu()))
+            num_active, num_blocks = layer.num_active, layer.num_active // layer.layout.block_elements
+            indices_K, values_K = layer.layout.sorted_weights(indices_U[:num_blocks].cpu(), values_K[:num_active].cpu())
+            gathered.append((name, indices_K, values_K))
     for name, parameter in prepared.dense_parameters.items():
         (flat,) = gather_partitions([parameter], [master.view(parameter)], device)
         if process_group.rank() == 0:

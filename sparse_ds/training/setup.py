@@ -13,7 +13,9 @@ from torch.nn import Parameter
 from transformers import PreTrainedModel, TrainingArguments
 
 from sparse_ds.config import RunConfig, UserError, build_deepspeed_config
+from sparse_ds.config.deepspeed_section import BlockSizes, gathers_blocks
 from sparse_ds.config.methods import all_methods
+from sparse_ds.distributed.block_gather import gather_as_one
 from sparse_ds.distributed.born_partitioned import PartitionedParameters
 from sparse_ds.distributed.process_group import agreement, rank, world_size
 from sparse_ds.distributed.zero3_partitions import MasterWeights, OwnedSlice, full_shape, full_size
@@ -33,6 +35,7 @@ from sparse_ds.model.build import (
 )
 from sparse_ds.model.classification_head import Classification, initial_head, install_head
 from sparse_ds.model.loading import LoadReport, load_base, planned_bytes
+from sparse_ds.model.targets import find_blocks
 from sparse_ds.monitor.progress import ProgressBytes
 from sparse_ds.optim.flat_segment import FlatSegment
 from sparse_ds.optim.sm3 import SparseSM3
@@ -59,6 +62,8 @@ class PreparedModel:
     num_weights: int
     loaded: LoadReport
     classification: Classification | None = None
+    gathered_block: BlockSizes | None = None
+    """The largest block, where the tensors of a block are gathered together."""
 
     @property
     def matrices(self) -> dict[str, SparseLinear]:
@@ -114,6 +119,7 @@ def prepare_model(
         config.method.density,
         config.train.seed,
         bernoulli=config.method.sampling == "bernoulli",
+        block_size=config.method.block_shape,
         slots_per_active=config.method.redistribution_factor or 1.0,
         train_biases=config.method.train_biases,
         train_norms=config.method.train_norms,
@@ -130,7 +136,7 @@ def prepare_model(
             num_head_weights = sum(tensor.numel() for tensor in head.values())
         vectors: dict[str, SparseLayout] = {}
         if not trains_all:
-            layouts = plan_layouts(model, sparse)
+            layouts = plan_layouts(model, sparse, world_size())
             check_accumulator_limit(config, layouts, world_size())
             path_choice = choose_path(config, layouts)
             vectors = plan_vector_layouts(model, layouts, sparse)
@@ -152,7 +158,25 @@ def prepare_model(
             layer.path_choice = path_choice
     num_sparse = sum(layer.num_active for layer in layers.values())
     num_trained = num_sparse + num_head_weights if layouts else num_weights
-    return PreparedModel(model, layers, num_trained, num_weights, loaded, classification)
+    gathered_block = _gather_blocks(config, model) if layouts else None
+    return PreparedModel(model, layers, num_trained, num_weights, loaded, classification, gathered_block)
+
+
+def _gather_blocks(config: RunConfig, model: PreTrainedModel) -> BlockSizes | None:
+    blocks = [model.get_submodule(name) for name in find_blocks(model)]
+    sizes = [
+        BlockSizes(
+            sum(full_size(each) for each in block.parameters()),
+            sum(full_size(each) for each in block.parameters() if each.requires_grad),
+        )
+        for block in blocks
+    ]
+    largest = BlockSizes(max(size.num_elements for size in sizes), max(size.num_trained for size in sizes))
+    if not gathers_blocks(config, world_size(), largest):
+        return None
+    for block in blocks:
+        gather_as_one(block)
+    return largest
 
 
 def choose_path(config: RunConfig, layouts: Mapping[str, SparseLayout]) -> PathChoice:
@@ -194,13 +218,18 @@ def make_optimizer(config: RunConfig, parameters: list[Parameter]) -> torch.opti
 
 
 def make_training_arguments(
-    config: RunConfig, world_size: int, largest_num_trained: int, output_dir: Path, device: torch.device
+    config: RunConfig,
+    world_size: int,
+    largest_num_trained: int,
+    output_dir: Path,
+    device: torch.device,
+    gathered_block: BlockSizes | None = None,
 ) -> TrainingArguments:
     """Trainer's arguments; every value comes from the configuration."""
     plan = config.batch_plan(world_size)
     return TrainingArguments(
         output_dir=str(output_dir),
-        deepspeed=build_deepspeed_config(config, world_size, largest_num_trained),
+        deepspeed=build_deepspeed_config(config, world_size, largest_num_trained, gathered_block),
         per_device_train_batch_size=plan.micro_batch_size,
         gradient_accumulation_steps=plan.gradient_accumulation_steps,
         per_device_eval_batch_size=config.train.eval_micro_batch_size or plan.micro_batch_size,
@@ -268,6 +297,8 @@ def bind_optimizer(
                     num_rows=layer.layout.num_rows,
                     num_cols=layer.layout.num_cols,
                     indices=own_indices(layer),
+                    block_rows=layer.layout.block_rows,
+                    block_cols=layer.layout.block_cols,
                 )
             )
         optimizer.register_flat(flat, segments)
@@ -380,14 +411,15 @@ class EventSchedule:
         return self._facts.events == "once" and step <= self._method.estimation_steps
 
     def num_to_replace(self, step: int) -> dict[str, int]:
-        """Weights of each tensor that the event after `step` replaces."""
+        """Blocks (of one weight by default) of each tensor that the event after `step` replaces."""
         method = self._method
+        num_active = {name: layer.num_active // layer.layout.block_elements for name, layer in self._layers.items()}
         if self._facts.events == "once":
-            return {name: layer.num_active for name, layer in self._layers.items()}
+            return num_active
         return {
             name: num_to_replace(
                 step,
-                num_active=layer.num_active,
+                num_active=number,
                 total_steps=self._total_steps,
                 interval_steps=method.interval_steps,
                 estimation_steps=method.estimation_steps,
@@ -395,5 +427,5 @@ class EventSchedule:
                 drop_schedule=method.drop_schedule,
                 first_drop_fraction=method.first_drop_fraction,
             )
-            for name, layer in self._layers.items()
+            for name, number in num_active.items()
         }

@@ -82,10 +82,21 @@ class ExactRun:
         partitioned = PartitionedParameters()
         factor = config.method.redistribution_factor or 1.0
         self.layers: dict[str, SparseLinear] = {}
+        block_rows, block_cols = config.method.block_shape
+        size = block_rows * block_cols
         for name, (num_rows, num_cols) in shapes.items():
-            num_active = max(1, int(config.method.density * num_rows * num_cols))
-            num_slots = min(num_rows * num_cols, int(factor * num_active))
-            layout = SparseLayout(num_rows, num_cols, num_active, num_slots - num_active)
+            num_blocks = num_rows * num_cols // size
+            num_active = max(1, int(config.method.density * num_blocks))
+            num_slots = min(num_blocks, int(factor * num_active))
+            layout = SparseLayout(
+                num_rows,
+                num_cols,
+                num_active * size,
+                (num_slots - num_active) * size,
+                block_rows,
+                block_cols,
+                padding_slots=-num_slots % world_size() * size if size > 1 else 0,
+            )
             self.layers[name] = make_layer(partitioned, layout, name)
         model = ParallelLinears(self.layers)
         trained = [layer.values for layer in self.layers.values()]
@@ -94,7 +105,7 @@ class ExactRun:
             model=model,
             optimizer=optimizer,
             config=build_deepspeed_config(
-                config, world_size(), max(layer.layout.num_slots for layer in self.layers.values())
+                config, world_size(), max(layer.layout.num_stored for layer in self.layers.values())
             ),
         )
         self.optimizer: Any = optimizer
@@ -160,8 +171,11 @@ class ExactRun:
         for name, layer in self.layers.items():
             parts = [own_indices(layer), self.master.view(layer.values)]
             parts += [self.master.view(layer.values, flats) for flats in states.values()]
-            gathered = gather_partitions([layer.values] * len(parts), parts, CPU)
-            tensors[name] = [tensor[: layer.num_active].tolist() for tensor in gathered]
+            units = [layer.layout.block_elements] + [1] * (len(parts) - 1)
+            indices, *rest = gather_partitions([layer.values] * len(parts), parts, CPU, units)
+            numbers = [tensor[: layer.num_active] for tensor in rest]
+            indices = indices[: layer.num_active // layer.layout.block_elements]
+            tensors[name] = [tensor.tolist() for tensor in layer.layout.sorted_weights(indices, *numbers)]
         return {
             "hashes": [record.index_hash for record in self.records],
             "replaced": [record.num_dropped for record in self.records],
@@ -177,15 +191,15 @@ class ExactRun:
 
 def make_layer(partitioned: PartitionedParameters, layout: SparseLayout, name: str) -> SparseLinear:
     """Over a base of zeros (the loss is linear: the base has no effect on any gradient)."""
-    indices = random_subset(layout.num_elements, layout.num_active, seed=0, name=name).int()
-    indices = F.pad(indices, (0, layout.spare_slots))
+    indices = random_subset(layout.grid.num_elements, layout.grid.num_active, seed=0, name=name).int()
+    indices = F.pad(indices, (0, layout.num_index_slots - indices.numel()))
     tensors = {
         "weight": partitioned.make(
             (layout.num_rows, layout.num_cols), torch.float32, lambda partition, start: None, requires_grad=False
         ),
-        "indices": partitioned.make((layout.num_slots,), torch.int32, slice_of(indices), requires_grad=False),
+        "indices": partitioned.make((layout.num_index_slots,), torch.int32, slice_of(indices), requires_grad=False),
         "values": partitioned.make(
-            (layout.num_slots,), torch.float32, lambda partition, start: None, requires_grad=True
+            (layout.num_stored,), torch.float32, lambda partition, start: None, requires_grad=True
         ),
     }
     return SparseLinear(layout, torch.float32, tensors)

@@ -90,10 +90,11 @@ def put_deltas_(
     Args:
         weight_OI: [O, I] contiguous; bf16, fp16 or fp32.
         indices_K: [K] flat row-major positions, unique, int32 or int64; with larger blocks [U] positions of blocks.
-        values_K: [K] fp32; with larger blocks [U * block_rows * block_cols], block after block.
+        values_K: [K] fp32; with larger blocks [U * block_rows * block_cols], block after block. Or [U, n]: then the
+            positions are those of strips of n neighbours, that is, of blocks of 1 x n.
 
     Returns:
-        The weights that were there, in the order of `values_K`, for `put_back_`.
+        The weights that were there, in the shape of `values_K`, for `put_back_`.
     """
     from sparse_ds.kernels.triton_kernels.put_deltas import put_deltas_ as launch
 
@@ -123,7 +124,7 @@ def dequantize_with_deltas(
     Args:
         packed, absmax, nested_statistics: as in `kernels.nf4`.
         indices_K: [K] flat row-major positions, ascending, unique, int32 or int64.
-        values_K: [K] fp32.
+        values_K: [K] fp32. Or [U, n] of strips, as in `put_deltas_`, in any order; they are put in by a second kernel.
         shape: (O, I).
         dtype: of the result.
         begins: `tile_begins(indices_K, O * I)`, where it was kept.

@@ -142,10 +142,10 @@ def tiling(num_blocks: int, num_rows: int, block_rows: int, block_cols: int, dty
     group = columns // block_cols
     align = max(16, block_rows)
     expected_rows = group * num_rows / max(1, num_blocks) + align / 2
-    window = align
+    # fp32 runs on the ordinary units; other sizes than these spill registers on sm_80 (triton 3.7 and 3.9).
+    window = max(align, 32) if wide else align
     while window < 64 and window < expected_rows:
         window *= 2
-    # fp32 runs on the ordinary units: 32 tokens a step or 8 warps spill registers on sm_80.
     return Tiling(group, window, align, tokens=16 if wide else 64, num_warps=4, num_stages=4)
 
 

@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparse_ds.kernels.nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE, nf4_code, scale_code
+from sparse_ds.kernels.triton_kernels.put_deltas import put_deltas_
 from sparse_ds.kernels.triton_kernels.rounding import INTERPRETED, rounded
 
 TILE = 4096
@@ -123,12 +124,19 @@ def dequantize_with_deltas(
     begins: Tensor | None,
 ) -> Tensor:
     """See `kernels.triton_kernels.dequantize_with_deltas`."""
+    if values_K.dim() == 2:  # of strips, whose positions need not ascend
+        nothing = indices_K[:0], values_K.view(-1)[:0]
+        dense_OI = dequantize_with_deltas(
+            packed, absmax, nested_statistics, *nothing, shape=shape, dtype=dtype, begins=None
+        )
+        put_deltas_(dense_OI, indices_K, values_K, 1, 1)
+        return dense_OI
     assert indices_K.numel() == values_K.numel() and values_K.dtype == torch.float32
     dense_OI = torch.empty(shape, dtype=dtype, device=packed.device)
     num_weights = dense_OI.numel()
     if not num_weights:
         return dense_OI
-    if begins is None:
+    if begins is None and indices_K.numel():
         begins = tile_begins(indices_K, num_weights)
     nested = nested_statistics is not None
     dequantize_kernel[(triton.cdiv(num_weights, TILE),)](
@@ -137,7 +145,7 @@ def dequantize_with_deltas(
         nested_statistics if nested else absmax,
         nf4_code(packed.device),
         scale_code(packed.device) if nested else absmax,
-        begins,
+        indices_K if begins is None else begins,
         indices_K,
         values_K,
         dense_OI,

@@ -73,10 +73,11 @@ def put_back_kernel(
 
 def put_deltas_(weight_OI: Tensor, indices_K: Tensor, values_K: Tensor, block_rows: int, block_cols: int) -> Tensor:
     """See `kernels.triton_kernels.put_deltas_`."""
+    block_rows, block_cols = _block(values_K, block_rows, block_cols)
     assert weight_OI.is_contiguous() and indices_K.is_contiguous() and values_K.is_contiguous()
     assert values_K.dtype == torch.float32 and values_K.numel() == indices_K.numel() * block_rows * block_cols
+    saved_K = torch.empty(values_K.shape, dtype=weight_OI.dtype, device=weight_OI.device)
     num_values = values_K.numel()
-    saved_K = torch.empty(num_values, dtype=weight_OI.dtype, device=weight_OI.device)
     if num_values:
         put_kernel[(triton.cdiv(num_values, VALUES_PER_PROGRAM),)](
             weight_OI,
@@ -96,6 +97,7 @@ def put_deltas_(weight_OI: Tensor, indices_K: Tensor, values_K: Tensor, block_ro
 
 def put_back_(weight_OI: Tensor, indices_K: Tensor, saved_K: Tensor, block_rows: int, block_cols: int) -> None:
     """See `kernels.triton_kernels.put_back_`."""
+    block_rows, block_cols = _block(saved_K, block_rows, block_cols)
     assert weight_OI.is_contiguous() and indices_K.is_contiguous() and saved_K.is_contiguous()
     assert saved_K.dtype == weight_OI.dtype and saved_K.numel() == indices_K.numel() * block_rows * block_cols
     num_values = saved_K.numel()
@@ -111,3 +113,10 @@ def put_back_(weight_OI: Tensor, indices_K: Tensor, saved_K: Tensor, block_rows:
             VALUES=VALUES_PER_PROGRAM,
             enable_fp_fusion=False,
         )
+
+
+def _block(values_K: Tensor, block_rows: int, block_cols: int) -> tuple[int, int]:
+    """Values [strips, n] are those of blocks of 1 x n."""
+    if values_K.dim() == 2 and block_rows * block_cols == 1:
+        return 1, values_K.shape[1]
+    return block_rows, block_cols

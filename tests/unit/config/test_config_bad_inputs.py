@@ -84,6 +84,13 @@ BAD_OVERRIDES = [
         "method.random_growth_fraction=1.1",
         r"method\.random_growth_fraction: got 1\.1 \(number\), expected a number >= 0 and <= 1\.",
     ),
+    (
+        "method.block_size=0",
+        r"method\.block_size: got 0 \(integer\), expected an integer >= 1 or a list of 2 numbers, each >= 1\. What is",
+    ),
+    ("method.block_size=[0,16]", r"method\.block_size: got \[0, 16\] \(list\), expected an integer >= 1 or a list"),
+    ("method.block_size=[16]", r"method\.block_size: got \[16\] \(list\), expected an integer >= 1 or a list of 2"),
+    ("method.block_size=16x16", r'method\.block_size: got "16x16" \(text\), expected an integer >= 1 or a list of 2'),
     ("method.train_biases=1", r"method\.train_biases: got 1 \(integer\), expected true or false\."),
     ("method.train_norms=yes", r'method\.train_norms: got "yes" \(text\), expected true or false\.'),
     ("method.sampling=normal", r'method\.sampling: got "normal" \(text\), expected one of exact, bernoulli\.'),

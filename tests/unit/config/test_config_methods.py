@@ -17,6 +17,7 @@ from sparse_ds.config.methods import MethodFacts, all_methods
 VALUES: dict[str, Any] = {
     "method.density": 0.1,
     "method.target_modules": ["q_proj"],
+    "method.block_size": [1, 16],
     "method.interval_steps": 30,
     "method.estimation_steps": 4,
     "method.initial_drop_fraction": 0.3,
@@ -37,7 +38,7 @@ VALUES: dict[str, Any] = {
     "optimizer.age_warmup_steps": 25,
 }
 """A valid value, not the default, of every key that some method does not use."""
-# What each method uses besides method.density, target_modules: a literal reading of what the methods are.
+# What each method uses besides method.density, target_modules, block_size: a literal reading of what the methods are.
 REPEATED = {"interval_steps", "estimation_steps", "initial_drop_fraction", "drop_schedule", "drop_criterion"}
 REPEATED |= {"redistribution_factor", "first_drop_fraction"}
 DENSE_GRADIENT = {"gradient_tile_mib", "gradient_accumulator_limit_gib"}
@@ -68,7 +69,7 @@ def make(method: str, **given: Any) -> RunConfig:
 def uses(method: str, key: str) -> bool:
     if method == "full":
         return key == "betas"
-    return key in {"density", "target_modules"} | USED[method]
+    return key in {"density", "target_modules", "block_size"} | USED[method]
 
 
 def test_the_methods_are_the_files_of_the_folder_and_full() -> None:
@@ -115,7 +116,7 @@ def test_a_key_of_another_method_is_refused_and_the_message_says_whose_it_is(fie
     given = {f"{section}__{key}": VALUES[field]}
     if uses(method, key):
         value = getattr(getattr(make(method, **given), section), key)
-        assert value == (tuple(VALUES[field]) if key == "betas" else VALUES[field])
+        assert value == (tuple(VALUES[field]) if key in ("betas", "block_size") else VALUES[field])
         return
     users = ", ".join(name for name in all_methods() if uses(name, key))
     message = f"{field}: given, but method.name {method} does not use it. Remove it, or choose a method that does"

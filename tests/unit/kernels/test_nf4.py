@@ -8,7 +8,7 @@ import bitsandbytes.functional as bnb
 import pytest
 import torch
 
-from sparse_ds.kernels.nf4 import dequantize_nf4, nf4_sizes, quantize_nf4
+from sparse_ds.kernels.nf4 import dequantize_nf4, nf4_code, nf4_sizes, quantize_nf4
 
 SHAPES = [(1, 1), (1, 2), (3, 7), (5, 13), (8, 8), (64, 64), (33, 129), (130, 127)]
 """Odd numbers of weights, part blocks of 64, and (130 x 127) more than one second-level block of 256 scales."""
@@ -35,6 +35,18 @@ def test_equals_direct_bitsandbytes(shape: tuple[int, int], dtype: torch.dtype, 
     assert result.dtype == dtype and result.shape == torch.Size(shape) and result.is_contiguous()
     assert torch.equal(result, expected)
     assert result.data_ptr() != weight.data_ptr()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", [*SHAPES, (3, 32), (12, 48), (5, 96), (2, 34), (7, 66), (64, 96)])
+def test_equals_the_formula(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    """code * scale of its block of 64, whatever the number of columns."""
+    weight = (torch.randn(shape, generator=torch.Generator().manual_seed(1)) / 20).to(dtype)
+    stored = quantize_nf4(weight, double_quantization=False)
+    codes = torch.stack([stored.packed >> 4, stored.packed & 15], dim=1).view(-1)[: weight.numel()]
+    scales = stored.absmax.repeat_interleave(64)[: weight.numel()]
+    expected = (nf4_code()[codes.long()] * scales).to(dtype).view(shape)
+    assert torch.equal(dequantize_nf4(stored.packed, stored.absmax, None, shape=shape, dtype=dtype), expected)
 
 
 @pytest.mark.parametrize("double_quantization", [False, True])

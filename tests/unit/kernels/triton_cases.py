@@ -11,11 +11,13 @@ import os
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from sparse_ds.kernels import triton_kernels
-from sparse_ds.kernels.apply_deltas import apply_deltas_, deltas_applied
 from sparse_ds.kernels.nf4 import dequantize_nf4, quantize_nf4
 from sparse_ds.kernels.triton_kernels import block_gradient
+from sparse_ds.sparse.layout import SparseLayout
+from sparse_ds.sparse.sparse_linear import SparseLinear
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 ON_GPU = DEVICE == "cuda"
@@ -177,6 +179,13 @@ def test_gradient_of_blocks(
 # ---- deltas in and out
 
 
+def plainly_merged(weight_OI: Tensor, indices_K: Tensor, values_K: Tensor) -> Tensor:
+    """The merged weight; the given one stays as it is."""
+    flat_N, positions_K = weight_OI.reshape(-1).clone(), indices_K.long()
+    flat_N[positions_K] = (flat_N[positions_K].float() + values_K).to(weight_OI.dtype)
+    return flat_N.view(weight_OI.shape)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("rows", "cols", "count"),
@@ -192,8 +201,7 @@ def test_gradient_of_blocks(
 def test_deltas_are_put_in_and_taken_out(dtype: torch.dtype, rows: int, cols: int, count: int) -> None:
     weight, indices = normal(rows, cols, dtype=dtype, seed=4), drawn(rows * cols, count)
     values, original = normal(indices.numel(), seed=5) / 10, weight.clone()
-    with deltas_applied(original.clone().cpu(), indices.cpu(), values.cpu()) as merged:
-        expected = merged.clone().to(DEVICE)
+    expected = plainly_merged(original, indices, values)
     for taken in (indices, indices.long()):
         saved = triton_kernels.put_deltas_(weight, taken, values)
         assert torch.equal(weight, expected)
@@ -217,6 +225,11 @@ def test_blocks_are_put_in_and_taken_out(block: tuple[int, int]) -> None:
     assert torch.equal(weight, expected)
     triton_kernels.put_back_(weight, blocks, saved, *block)
     assert torch.equal(weight, original)
+    if block_rows == 1:  # strips, given by the shape of the values
+        saved = triton_kernels.put_deltas_(weight, blocks, values.view(-1, block_cols))
+        assert saved.shape == (11, block_cols) and torch.equal(weight, expected)
+        triton_kernels.put_back_(weight, blocks, saved)
+        assert torch.equal(weight, original)
 
 
 def test_ties_and_large_numbers_are_rounded_as_torch_rounds() -> None:
@@ -252,8 +265,7 @@ def test_nf4_with_deltas(dtype: torch.dtype, rows: int, cols: int, count: int, d
     tensors, shape = (stored.packed, stored.absmax, stored.nested_statistics), (rows, cols)
     indices = drawn(rows * cols, count)
     values = normal(indices.numel(), seed=7) / 100
-    plain = dequantize_nf4(*tensors, shape=shape, dtype=dtype)
-    expected = apply_deltas_(plain, indices, values)
+    expected = plainly_merged(dequantize_nf4(*tensors, shape=shape, dtype=dtype), indices, values)
     result = triton_kernels.dequantize_with_deltas(*tensors, indices, values, shape=shape, dtype=dtype)
     assert result.dtype == dtype and torch.equal(result, expected)
     begins = triton_kernels.tile_begins(indices, rows * cols)
@@ -261,3 +273,52 @@ def test_nf4_with_deltas(dtype: torch.dtype, rows: int, cols: int, count: int, d
         *tensors, indices.long(), values, shape=shape, dtype=dtype, begins=begins
     )
     assert torch.equal(again, expected)
+
+
+@pytest.mark.parametrize("double_quantization", [False, True])
+def test_nf4_with_strips_in_any_order(double_quantization: bool) -> None:
+    weight = normal(12, 48, dtype=torch.bfloat16, seed=6) / 20
+    stored = quantize_nf4(weight, double_quantization=double_quantization)
+    tensors, shape = (stored.packed, stored.absmax, stored.nested_statistics), (12, 48)
+    strips, values = drawn(36, 9).flip(0), normal(9, 16, seed=7) / 100
+    positions = strips[:, None] * 16 + torch.arange(16, device=DEVICE)
+    expected = plainly_merged(
+        dequantize_nf4(*tensors, shape=shape, dtype=torch.bfloat16), positions.view(-1), values.view(-1)
+    )
+    result = triton_kernels.dequantize_with_deltas(*tensors, strips, values, shape=shape, dtype=torch.bfloat16)
+    assert torch.equal(result, expected)
+
+
+# ---- a layer that uses them
+
+
+@pytest.mark.parametrize("base", ["bf16", "nf4"])
+def test_a_sparse_layer(base: str) -> None:
+    """Forward and backward against autograd in fp64 through the merged dense weight."""
+    rows, cols, tokens = 48, 64, 32
+    weight, indices = normal(rows, cols, dtype=torch.bfloat16, seed=8) / 8, drawn(rows * cols, 90)
+    values = normal(90, seed=9) / 10
+    tensors = {"weight": weight.clone()}
+    if base == "nf4":
+        stored = quantize_nf4(weight, double_quantization=False)
+        tensors = {"packed": stored.packed, "absmax": stored.absmax}
+        weight = dequantize_nf4(stored.packed, stored.absmax, None, shape=(rows, cols), dtype=torch.bfloat16)
+    parameters = {name: Parameter(x, requires_grad=False) for name, x in tensors.items()}
+    parameters |= {"indices": Parameter(indices, requires_grad=False), "values": Parameter(values.clone())}
+    layer = SparseLinear(SparseLayout(rows, cols, 90), torch.bfloat16, parameters)
+    input = normal(tokens, cols, dtype=torch.bfloat16, seed=10).requires_grad_()
+    grad_output = normal(tokens, rows, dtype=torch.bfloat16, seed=11)
+    output = layer(input)
+    output.backward(grad_output)
+
+    merged = plainly_merged(weight, indices, values).double().requires_grad_()
+    expected_input = input.detach().double().requires_grad_()
+    expected = expected_input @ merged.t()
+    expected.backward(grad_output.double())
+    assert merged.grad is not None and layer.values.grad is not None
+    torch.testing.assert_close(output.double(), expected, rtol=2**-7, atol=2**-7)  # rounded to bf16 once
+    torch.testing.assert_close(input.grad.double(), expected_input.grad, rtol=2**-7, atol=2**-7)
+    values_grad = merged.grad.view(-1)[indices.long()]
+    torch.testing.assert_close(layer.values.grad.double(), values_grad, rtol=2**-7, atol=2**-7)
+    if layer.weight is not None:
+        assert torch.equal(layer.weight, weight)

@@ -220,6 +220,43 @@ def test_a_density_without_a_weight_names_the_layer(make_checkpoint: MakeCheckpo
     )
 
 
+def test_a_block_that_does_not_divide_names_the_layer(make_checkpoint: MakeCheckpoint) -> None:
+    model = empty_model(BaseCheckpoint(make_checkpoint()), FP32)
+    with pytest.raises(UserError) as caught:
+        plan_layouts(model, SparseSettings(["q_proj", "up_proj"], density=0.5, seed=0, block_size=(4, 3)))
+    assert str(caught.value) == (
+        "method.block_size: model.layers.0.mlp.up_proj has 18 rows and 12 columns, which blocks of 4 x 3 do not "
+        "divide. Choose sides that divide them (2 and 4 do), or leave the matrix out of method.target_modules."
+    )
+    with pytest.raises(UserError, match=r"0\.02 of the 36 blocks of 6 x 1 of .*up_proj is less than one block;"):
+        plan_layouts(model, SparseSettings(["up_proj"], density=0.02, seed=0, block_size=(6, 1)))
+
+
+@pytest.mark.parametrize("bernoulli", [False, True])
+def test_random_blocks(make_checkpoint: MakeCheckpoint, whole: Any, bernoulli: bool) -> None:
+    sparse = SparseSettings("all-linear", density=0.3, seed=3, bernoulli=bernoulli, block_size=(3, 2))
+    model = build(make_checkpoint(), whole, sparse=sparse)
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, SparseLinear)}
+    for name, layer in layers.items():
+        num_blocks = layer.layout.num_elements // 6
+        expected = random_subset(num_blocks, math.floor(Fraction("0.3") * num_blocks), seed=3, name=name)
+        if bernoulli:
+            expected = bernoulli_subset(num_blocks, 0.3, seed=3, name=name)
+        assert torch.equal(layer.indices.long(), expected)
+        assert layer.num_active == layer.values.numel() == 6 * expected.numel()
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
+def test_every_rank_owns_whole_blocks(make_checkpoint: MakeCheckpoint, num_ranks: int) -> None:
+    model = empty_model(BaseCheckpoint(make_checkpoint()), FP32)
+    sparse = SparseSettings("all-linear", density=0.3, seed=3, block_size=(2, 3), slots_per_active=1.5)
+    alone, shared = plan_layouts(model, sparse), plan_layouts(model, sparse, num_ranks)
+    for name, layout in shared.items():
+        assert (layout.num_active, layout.num_slots) == (alone[name].num_active, alone[name].num_slots)
+        assert layout.num_stored % (6 * num_ranks) == 0 and layout.num_stored - layout.num_slots < 6 * num_ranks
+        assert layout.num_index_slots * 6 == layout.num_stored
+
+
 def test_layouts_have_the_shapes_of_the_model(make_checkpoint: MakeCheckpoint) -> None:
     model = empty_model(BaseCheckpoint(make_checkpoint()), FP32)
     layouts = plan_layouts(model, SparseSettings(["k_proj", "down_proj"], density=0.25, seed=0))

@@ -171,6 +171,30 @@ def test_chunks_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(torch.equal(values[name], chunked[name]) for name in values)
 
 
+def plain_update(target: Target, step: int, row_acc: Tensor, col_acc: Tensor, exp_avg: Tensor) -> None:
+    """One matrix by itself, in the order of the equations, each operation rounded; changes all tensors in place."""
+    indices = torch.arange(target.values.numel()) if target.indices is None else target.indices.long()
+    rows, cols, grad = indices // target.num_cols, indices % target.num_cols, target.gradients[step]
+    nu = torch.minimum(row_acc[rows], col_acc[cols]) + grad.square()
+    row_acc.scatter_reduce_(0, rows, nu, "amax")
+    col_acc.scatter_reduce_(0, cols, nu, "amax")
+    exp_avg.mul_(SETTINGS["momentum"]).add_(grad / (nu + SETTINGS["eps"]).sqrt() * (1 - SETTINGS["momentum"]))
+    target.values.mul_(1 - SETTINGS["lr"] * SETTINGS["weight_decay"]).sub_(exp_avg * SETTINGS["lr"])
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 1 << 20])
+def test_all_matrices_at_once_equal_each_by_itself_bit_for_bit(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sm3, "_CHUNK_ELEMENTS", chunk)
+    values, accumulators, _ = train(WHOLE, padding=2)
+    for target in toy_targets():
+        row_acc, col_acc = torch.zeros(target.num_rows), torch.zeros(target.num_cols)
+        exp_avg = torch.zeros_like(target.values)
+        for step in range(len(target.gradients)):
+            plain_update(target, step, row_acc, col_acc, exp_avg)
+        assert torch.equal(values[target.name], target.values)
+        assert torch.equal(torch.cat(accumulators[target.name]), torch.cat([row_acc, col_acc]))
+
+
 def test_padding_is_neither_read_nor_written() -> None:
     _, _, workers = train(SPLITS["two ranks"], padding=3)
     for worker in workers:
@@ -263,8 +287,9 @@ def test_bf16_gradients_are_accumulated_in_fp32() -> None:
             values.detach(),
             torch.ones(1, dtype=torch.bfloat16),
             torch.tensor([0]),
-            *optimizer._accumulators.split("w", optimizer.accumulators),
-            *optimizer._accumulators.split("w", optimizer.pending_accumulators),
+            torch.tensor([1]),
+            optimizer.accumulators,
+            optimizer.pending_accumulators,
             None,
             lr=0.0,
             weight_decay=0.0,

@@ -60,3 +60,55 @@ def test_boundaries_of_no_indices() -> None:
 )
 def test_number_of_active_weights_is_exact_for_the_decimal(density: float, num_elements: int, expected: int) -> None:
     assert num_active_weights(density, num_elements) == expected
+
+
+BLOCKS = [(1, 1), (1, 4), (3, 1), (2, 3), (6, 8)]
+
+
+def grid_positions(layout: SparseLayout) -> torch.Tensor:
+    """[O, I] index of the block that each weight is in, weight by weight."""
+    grid_cols = layout.num_cols // layout.block_cols
+    return torch.tensor(
+        [
+            [row // layout.block_rows * grid_cols + col // layout.block_cols for col in range(layout.num_cols)]
+            for row in range(layout.num_rows)
+        ]
+    )
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_weights_of_blocks(block: tuple[int, int]) -> None:
+    layout = SparseLayout(6, 24, 0, block_rows=block[0], block_cols=block[1])
+    chosen = torch.arange(layout.num_positions, dtype=torch.int32)[::2]
+    expected = [(grid_positions(layout).view(-1) == index).nonzero().view(-1) for index in chosen.tolist()]
+    assert torch.equal(layout.weights_of(chosen).long(), torch.cat(expected))
+    strips = layout.strips_of(chosen)
+    assert torch.equal(torch.arange(6 * 24).view(-1, block[1])[strips.long()].view(-1), torch.cat(expected))
+    numbers = torch.arange(chosen.numel() * layout.block_elements)
+    positions, reordered = layout.sorted_weights(chosen, numbers)
+    assert torch.equal(positions.long(), torch.cat(expected).sort().values)
+    assert torch.equal(torch.cat(expected)[reordered], positions.long())
+    assert torch.equal(layout.block_sums(torch.cat(expected)), torch.stack([part.sum() for part in expected]))
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_the_grid_of_blocks(block: tuple[int, int]) -> None:
+    size = block[0] * block[1]
+    layout = SparseLayout(6, 24, size, size, block_rows=block[0], block_cols=block[1], padding_slots=2 * size)
+    grid = layout.grid
+    assert (grid.num_rows * block[0], grid.num_cols * block[1], grid.block_elements) == (6, 24, 1)
+    assert (grid.num_active, grid.num_slots, grid.num_elements) == (1, 2, layout.num_positions)
+    assert (layout.num_slots, layout.num_stored, layout.num_index_slots) == (2 * size, 4 * size, 4)
+
+
+def test_boundaries_cut_blocks_by_rows_of_the_matrix() -> None:
+    layout = SparseLayout(6, 4, 12, block_rows=2, block_cols=2)
+    assert layout.row_boundaries(torch.tensor([1, 2, 5], dtype=torch.int32), 2) == [0, 1, 2, 3]
+    assert layout.row_boundaries(torch.tensor([1, 2, 5], dtype=torch.int32), 4) == [0, 2, 3]
+
+
+def test_blocks_of_a_huge_matrix_have_64_bit_weights() -> None:
+    layout = SparseLayout(2**16, 2**16, 256, block_rows=16, block_cols=16)
+    assert layout.index_dtype == torch.int32
+    last = torch.tensor([layout.num_positions - 1], dtype=torch.int32)
+    assert int(layout.weights_of(last)[-1]) == 2**32 - 1

@@ -1,0 +1,74 @@
+"""Functions that torch.compile makes faster where it can, and that run as they are where it cannot.
+
+On the CPU inductor needs a C++ compiler and takes some seconds at the first call (from its cache on disk, less). So
+nothing is compiled before a tensor comes that is large enough to be worth it. If compiling fails, that is logged once
+and the function runs eagerly from then on. `TORCHDYNAMO_DISABLE=1` switches compiling off.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any, Generic, ParamSpec, TypeVar
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class CompiledOrEager(Generic[P, R]):
+    """A function with dynamic shapes that is compiled at its first call.
+
+    Args:
+        function: without side effects but those on its arguments; it must give the same bits compiled and eagerly,
+            because which of the two runs depends on the machine.
+    """
+
+    def __init__(self, function: Callable[P, R]) -> None:
+        self._function = function
+        self._compiled: Callable[P, R] | None = torch.compile(function, dynamic=True)
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        if self._compiled is not None:
+            try:
+                return self._compiled(*args, **kwargs)
+            except Exception as error:
+                # Whatever a compiler or its tool chain may raise; an error of the function itself comes again below.
+                self._compiled = None
+                name, reason = self._function.__name__, str(error).strip().partition("\n")[0]
+                logger.warning(f"{name} is not compiled on this machine, it runs slower: {reason}")
+        return self._function(*args, **kwargs)
+
+
+class CompiledUpdate:
+    """An in-place update, compiled at its first call for tensors of any size; where that fails, it does nothing, and
+    the caller does the same another way.
+
+    Args:
+        make: returns the function to compile: of tensors, without other effects, whole in one graph. Called once.
+        name: for the message that it cannot be compiled.
+    """
+
+    def __init__(self, make: Callable[[], Callable[..., None]], name: str) -> None:
+        self._make, self._name = make, name
+        self._compiled: Callable[..., None] | None = None
+        self.failed = False
+        """Whether compiling has failed in this process; it is not tried again."""
+
+    def run(self, *arguments: Any) -> bool:
+        """Whether the update was done; if not, nothing has been changed."""
+        if self.failed:
+            return False
+        try:
+            if self._compiled is None:
+                self._compiled = torch.compile(self._make(), dynamic=True, fullgraph=True)
+            self._compiled(*arguments)
+        except Exception as error:  # what a missing or broken compiler raises is not one type
+            self.failed = True
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            logger.warning(f"{self._name} cannot be compiled and runs slower, in plain torch: {reason}")
+            return False
+        return True
