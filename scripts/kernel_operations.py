@@ -13,6 +13,7 @@ from torch.nn import Parameter
 
 from sparse_ds.kernels import triton_kernels
 from sparse_ds.kernels.apply_deltas import apply_deltas_, deltas_applied
+from sparse_ds.kernels.block_values_gradient import block_values_gradient
 from sparse_ds.kernels.crossover import PathChoice
 from sparse_ds.kernels.nf4 import dequantize_nf4, quantize_nf4
 from sparse_ds.kernels.product_operands import InputUse, ProductOperands
@@ -25,6 +26,7 @@ from sparse_ds.optim.sparse_adamw import SparseAdamW
 from sparse_ds.sparse.layout import SparseLayout
 
 FORWARD = "forward product"
+BLOCKS = ((16, 16), (1, 16))
 SAMPLED, SHARED, DENSE = "values' gradient, sampled", "the same, X^T shared", "values' gradient, dense"
 
 
@@ -55,11 +57,11 @@ class LayerOperations:
     def _random(self, *shape: int) -> Tensor:
         return torch.randn(shape, generator=self.generator, device=self.device).to(self.dtype)
 
-    def indices(self, density: float) -> Tensor:
+    def indices(self, density: float, num_positions: int | None = None) -> Tensor:
         """[K] int32, ascending, unique: one of every 1 / density positions, at random among them."""
-        num_rows, num_cols = self.shape
-        num_active = max(1, int(density * num_rows * num_cols))
-        step = num_rows * num_cols / num_active
+        num_positions = num_positions or self.weight.numel()
+        num_active = max(1, int(density * num_positions))
+        step = num_positions / num_active
         places = torch.rand(num_active, generator=self.generator, device=self.device, dtype=torch.float64)
         begins = torch.arange(num_active, device=self.device, dtype=torch.float64) * step
         return (begins + places * (step - 1)).int().unique()
@@ -88,6 +90,23 @@ class LayerOperations:
         if shared:
             use.shared.transposed_IT = self.whole_input_IT
         return values_gradient(ProductOperands(self.grad_output, self.input, use), indices, boundaries, choice=choice)
+
+    def blocks(self, densities: Sequence[float]) -> Iterator[Operation]:
+        """The gradient of all weights of the active blocks, at the same density."""
+        num_rows, num_cols = self.shape
+        for block_rows, block_cols in BLOCKS:
+            if num_rows % block_rows or num_cols % block_cols:
+                continue
+            for density in densities:
+                blocks = self.indices(density, num_rows // block_rows * (num_cols // block_cols))
+                layout = SparseLayout(*self.shape, blocks.numel() * block_rows * block_cols, 0, block_rows, block_cols)
+                boundaries = partial(_remembered, {}, layout, blocks)
+                gradient = partial(self._block_gradient, blocks, block_rows, block_cols, boundaries)
+                yield Operation(f"gradient of {block_rows} x {block_cols} blocks", density, gradient)
+
+    def _block_gradient(self, blocks: Tensor, block_rows: int, block_cols: int, boundaries: Any) -> Tensor:
+        operands = ProductOperands(self.grad_output, self.input)
+        return block_values_gradient(operands, blocks, block_rows, block_cols, boundaries)
 
     def deltas(self, densities: Sequence[float]) -> Iterator[Operation]:
         weight_OI = self.weight.clone()

@@ -1,11 +1,6 @@
-"""A sparse layer whose deltas, dequantization and gradient go through the GPU kernels, against the dense oracle."""
+"""Both paths of the values' gradient on a GPU, against fp64."""
 
 from __future__ import annotations
-
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,18 +8,6 @@ import torch
 from sparse_ds.kernels.crossover import PathChoice
 from sparse_ds.kernels.product_operands import ProductOperands
 from sparse_ds.kernels.values_gradient import reference_values_gradient, values_gradient
-
-CASES = Path(__file__).with_name("test_sparse_linear.py")
-
-
-def test_the_layer_in_the_interpreter() -> None:
-    """In a process of its own: triton decides at its import whether it interprets. All kinds of base, both paths."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(CASES)]
-    command += ["-k", "equals_the_dense_oracle and True and shape2"]
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert ended.returncode == 0, ended.stdout[-5000:] + ended.stderr[-2000:]
-    assert "8 passed" in ended.stdout, ended.stdout
 
 
 @pytest.mark.gpu
