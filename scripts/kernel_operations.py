@@ -13,7 +13,6 @@ from torch.nn import Parameter
 
 from sparse_ds.kernels import triton_kernels
 from sparse_ds.kernels.apply_deltas import apply_deltas_, deltas_applied
-from sparse_ds.kernels.block_values_gradient import block_values_gradient
 from sparse_ds.kernels.crossover import PathChoice
 from sparse_ds.kernels.nf4 import dequantize_nf4, quantize_nf4
 from sparse_ds.kernels.product_operands import InputUse, ProductOperands
@@ -23,6 +22,7 @@ from sparse_ds.kernels.values_gradient import values_gradient
 from sparse_ds.optim.flat_segment import FlatSegment
 from sparse_ds.optim.sm3 import SparseSM3
 from sparse_ds.optim.sparse_adamw import SparseAdamW
+from sparse_ds.sparse.gradient_at import gradient_at
 from sparse_ds.sparse.layout import SparseLayout
 
 FORWARD = "forward product"
@@ -101,12 +101,11 @@ class LayerOperations:
                 blocks = self.indices(density, num_rows // block_rows * (num_cols // block_cols))
                 layout = SparseLayout(*self.shape, blocks.numel() * block_rows * block_cols, 0, block_rows, block_cols)
                 boundaries = partial(_remembered, {}, layout, blocks)
-                gradient = partial(self._block_gradient, blocks, block_rows, block_cols, boundaries)
+                gradient = partial(self._block_gradient, layout, blocks, boundaries)
                 yield Operation(f"gradient of {block_rows} x {block_cols} blocks", density, gradient)
 
-    def _block_gradient(self, blocks: Tensor, block_rows: int, block_cols: int, boundaries: Any) -> Tensor:
-        operands = ProductOperands(self.grad_output, self.input)
-        return block_values_gradient(operands, blocks, block_rows, block_cols, boundaries)
+    def _block_gradient(self, layout: SparseLayout, blocks: Tensor, boundaries: Any) -> Tensor:
+        return gradient_at(layout, ProductOperands(self.grad_output, self.input), blocks, boundaries)
 
     def deltas(self, densities: Sequence[float]) -> Iterator[Operation]:
         weight_OI = self.weight.clone()
