@@ -1,46 +1,19 @@
-"""Functions that torch.compile makes faster where it can, and that run as they are where it cannot.
+"""Updates in place that torch.compile makes faster where it can; the caller does the same eagerly where it cannot.
 
 On the CPU inductor needs a C++ compiler and takes some seconds at the first call (from its cache on disk, less). So
 nothing is compiled before a tensor comes that is large enough to be worth it. If compiling fails, that is logged once
-and the function runs eagerly from then on. `TORCHDYNAMO_DISABLE=1` switches compiling off.
+and never tried again. `TORCHDYNAMO_DISABLE=1` switches compiling off.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any, Generic, ParamSpec, TypeVar
+from typing import Any
 
 import torch
 
 logger = logging.getLogger(__name__)
-
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-class CompiledOrEager(Generic[P, R]):
-    """A function with dynamic shapes that is compiled at its first call.
-
-    Args:
-        function: without side effects but those on its arguments; it must give the same bits compiled and eagerly,
-            because which of the two runs depends on the machine.
-    """
-
-    def __init__(self, function: Callable[P, R]) -> None:
-        self._function = function
-        self._compiled: Callable[P, R] | None = torch.compile(function, dynamic=True)
-
-    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        if self._compiled is not None:
-            try:
-                return self._compiled(*args, **kwargs)
-            except Exception as error:
-                # Whatever a compiler or its tool chain may raise; an error of the function itself comes again below.
-                self._compiled = None
-                name, reason = self._function.__name__, str(error).strip().partition("\n")[0]
-                logger.warning(f"{name} is not compiled on this machine, it runs slower: {reason}")
-        return self._function(*args, **kwargs)
 
 
 class CompiledUpdate:
