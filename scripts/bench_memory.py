@@ -71,6 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for case in cases:
         with context.Pool(1) as pool:
             measured.append(pool.apply(measure, (arguments, case)))
+        print(table(measured[-1:]).splitlines()[-1], file=sys.stderr, flush=True)
     machine = describe_machine(torch.device(arguments.device))
     micro_batch_size, sequence_length = arguments.tokens
     print(f"\n{arguments.shape}, {arguments.layers or 'all'} layers, {micro_batch_size} x {sequence_length} tokens")
@@ -119,8 +120,7 @@ def measure(arguments: argparse.Namespace, case: Case) -> Measured:
             settings=method_settings(arguments.set),
             adapter_dtype=arguments.adapter_dtype,
         )
-        for _ in range(2):
-            row.step(batch)
+        row.step(batch)
 
     watch = watch_cuda if device.type == "cuda" else watch_cpu
     resident, _ = watch(begin)

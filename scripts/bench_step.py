@@ -54,6 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_model_options(parser)
     parser.add_argument("--rounds", type=int, default=7, help="that count, after one that does not")
     parser.add_argument("--zero3", action="store_true", help="real ZeRO-3 engines; under torchrun")
+    parser.add_argument(
+        "--clock", choices=["wall", "cpu"], default="wall", help="cpu: time of this process, where others are busy too"
+    )
     parser.add_argument("--profile", action="store_true", help="also a table of where the time goes")
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args(argv)
@@ -66,7 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         timed = time_in_turns(rows, batch, arguments.rounds, synchronize=waiting(device))
         if process_group.rank() == 0:
             machine = describe_machine(device)
-            print(f"\n{describe(arguments)}\n{machine_line(machine)}\n\n{table(timed)}")
+            shown = [each.on_cpu_clock() for each in timed] if arguments.clock == "cpu" else timed
+            print(f"\n{describe(arguments)}\n{machine_line(machine)}\n\n{table(shown)}")
             if arguments.json is not None:
                 content = {
                     "machine": machine,
