@@ -30,7 +30,7 @@ from whole_parameters import give_partition
 from sparse_ds.config import build_deepspeed_config
 from sparse_ds.distributed.born_partitioned import PartitionedParameters, slice_of
 from sparse_ds.distributed.process_group import world_size
-from sparse_ds.distributed.zero3_partitions import MasterWeights, all_reduce_max_, full_size
+from sparse_ds.distributed.zero3_partitions import MasterWeights, all_reduce_max_, full_size, release_gathered
 from sparse_ds.optim.sm3 import SparseSM3
 from sparse_ds.training.setup import make_optimizer
 
@@ -89,7 +89,7 @@ class EngineSparse(EngineRow, Sparse):
 
     def event(self) -> None:
         super().event()
-        self.engine.empty_partition_cache()
+        release_gathered(self.engine)
 
 
 class EngineFloor(EngineRow):

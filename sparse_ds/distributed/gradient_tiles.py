@@ -13,6 +13,8 @@ process group that DeepSpeed uses and are issued from the same thread, one after
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -77,27 +79,41 @@ def counts_of_ranks(counts_P: Tensor) -> Tensor:
     return counts_RP
 
 
-def place_slices(parameter: Parameter, places: Tensor, entries: list[Tensor], unit: int = 1) -> list[Tensor]:
-    """Spread lists, of which every rank has some entries, over the ranks like the slices of `parameter`.
+def place_slices(
+    parameters: Sequence[Parameter],
+    places: Sequence[Tensor],
+    entries: Sequence[Sequence[Tensor]],
+    units: Sequence[int],
+) -> list[list[Tensor]]:
+    """Spread lists, of which every rank has some entries, over the ranks like the slices of parameters.
 
     Args:
-        parameter: partitioned, [S * unit]; every rank owns whole units.
-        places: [n] int64 position in the whole list of each of this rank's entries; no position belongs to two ranks.
-        entries: lists [n] or [n, m]; the ranks' entries together make at most [S] each, zeros behind.
+        parameters: partitioned, [S * unit] each; every rank owns whole units.
+        places: for each parameter [n] int64, the position in the whole list of each of this rank's entries; no position
+            belongs to two ranks.
+        entries: for each parameter some lists [n] or [n, m] of 4 or 8 bytes a number; the ranks' entries together make
+            at most [S] each, zeros behind.
+        units: of each parameter.
 
     Returns:
-        This rank's slice of each list (real elements only).
+        For each parameter this rank's slice of each of its lists (real elements only).
 
-    Memory: S elements of each list, one at a time.
-    Collectives: one reduce-scatter per list; every rank must call it.
+    Memory: all lists whole, twice.
+    Collectives: one reduce-scatter of all lists; every rank must call it.
     """
-    size = parameter.ds_tensor.ds_numel // unit
-    slices = []
-    for entry in entries:
-        whole = torch.zeros(size * world_size(), *entry.shape[1:], dtype=entry.dtype, device=entry.device)
-        whole[places] = entry
-        slices.append(_reduce_scatter(whole, size)[: owned_range(parameter)[1] // unit])
-    return slices
+    whole_lists, owners = [], []
+    for parameter, own_places, own_entries, unit in zip(parameters, places, entries, units, strict=True):
+        num_units, num_owned = parameter.ds_tensor.ds_numel // unit, owned_range(parameter)[1] // unit
+        for entry in own_entries:
+            whole = entry.new_zeros(num_units * world_size(), *entry.shape[1:])
+            whole[own_places] = entry
+            # All ranks but one have 0 at a place, so the sum of integers moves bits of any kind.
+            whole_lists.append(whole.view(-1).view(torch.int32).view(world_size(), -1))
+            owners.append((entry.dtype, num_owned * math.prod(entry.shape[1:])))
+    parts = _reduce_scatter(whole_lists)
+    slices = [part.clone().view(dtype)[:num_numbers] for (dtype, num_numbers), part in zip(owners, parts, strict=True)]
+    rest = iter(slices)
+    return [[next(rest) for _ in own_entries] for own_entries in entries]
 
 
 def gather_slices(parameter: Parameter, slice_n: Tensor, unit: int = 1) -> Tensor:
@@ -113,18 +129,25 @@ def gather_slices(parameter: Parameter, slice_n: Tensor, unit: int = 1) -> Tenso
     return whole[: parameter.ds_numel // unit]
 
 
-def reduce_to_slices(parameter: Parameter, gradient_S: Tensor) -> Tensor:
-    """This rank's slice of the mean over ranks of [S] fp32 numbers, as `parameter` is partitioned (zeros if it is
-    longer).
+def reduce_to_slices(parameters: Sequence[Parameter], gradients: Sequence[Tensor]) -> list[Tensor]:
+    """This rank's slices of the mean over ranks of lists of fp32 numbers, each sliced like its parameter (with zeros
+    behind, where that is longer).
 
-    Collectives: one reduce-scatter; every rank must call it.
+    Memory: all lists once more, padded.
+    Collectives: one reduce-scatter of all lists; every rank must call it with the same parameters.
     """
-    size = parameter.ds_tensor.ds_numel
-    padded = gradient_S
-    if gradient_S.numel() != size * world_size():
-        padded = torch.zeros(size * world_size(), dtype=gradient_S.dtype, device=gradient_S.device)
-        padded[: gradient_S.numel()] = gradient_S
-    return _reduce_scatter(padded, size)[: owned_range(parameter)[1]].div_(world_size())
+    whole_lists = []
+    for parameter, gradient_S in zip(parameters, gradients, strict=True):
+        size = parameter.ds_tensor.ds_numel
+        padded = gradient_S
+        if gradient_S.numel() != size * world_size():
+            padded = gradient_S.new_zeros(size * world_size())
+            padded[: gradient_S.numel()] = gradient_S
+        whole_lists.append(padded.view(world_size(), size))
+    parts = _reduce_scatter(whole_lists)
+    return [
+        part[: owned_range(parameter)[1]].div_(world_size()) for parameter, part in zip(parameters, parts, strict=True)
+    ]
 
 
 def clip_coefficient(engine: Any) -> float | None:
@@ -138,9 +161,11 @@ def clip_coefficient(engine: Any) -> float | None:
     return 1.0 / max(1.0, (float(zero._global_grad_norm) + 1e-6) / float(zero.clip_grad))
 
 
-def _reduce_scatter(whole: Tensor, size: int) -> Tensor:
+def _reduce_scatter(whole_lists: Sequence[Tensor]) -> list[Tensor]:
+    """This rank's row of each [R, n] list, summed over ranks; all of one dtype."""
     if world_size() == 1:
-        return whole
-    part = torch.empty(size, *whole.shape[1:], dtype=whole.dtype, device=whole.device)
-    torch.distributed.reduce_scatter_tensor(part, whole)
-    return part
+        return [whole[0] for whole in whole_lists]
+    joined = torch.cat(list(whole_lists), dim=1)
+    part = torch.empty(joined.shape[1], dtype=joined.dtype, device=joined.device)
+    torch.distributed.reduce_scatter_tensor(part, joined.view(-1))
+    return list(torch.split(part, [whole.shape[1] for whole in whole_lists]))

@@ -98,7 +98,7 @@ class MasterWeights:
     def write_values(self, parameter: Parameter, values: Tensor) -> None:
         """Write this rank's slice of a trainable parameter: the master and the copy that is gathered.
 
-        A parameter that is gathered at the moment keeps its old content: call `engine.empty_partition_cache()` after
+        A parameter that is gathered at the moment keeps its old content: call `release_gathered` after
         the last write.
         """
         self.view(parameter).copy_(values)
@@ -120,6 +120,15 @@ class MasterWeights:
         for sub_group, flat in enumerate(self.flats):
             for begin, end in self.padding_of(sub_group):
                 flat.detach()[begin:end] = 0.0
+
+
+def release_gathered(engine: Any) -> None:
+    """Give back all gathered parameters: the next use gathers what their partitions hold now.
+
+    `engine.empty_partition_cache` does the same, and then collects Python's garbage and returns the device's free
+    memory to the driver, which the next step needs again. Collectives: none.
+    """
+    engine.optimizer.empty_partition_cache()
 
 
 GATHER_BYTES = 2**28

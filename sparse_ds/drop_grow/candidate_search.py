@@ -4,21 +4,25 @@
         dense       this rank's gradient of the rows                     rows x cols, transient
         reduce      mean over ranks, one part per rank                   reduce-scatter
         keep        of its parts each rank keeps the K largest           at most K entries
-    threshold       the K-th largest of what all ranks kept              6 all-reduces of 16 KiB (radix search)
-    place           the chosen ones in ascending order, sliced over the ranks like the layer's values
+
+and of many matrices together:
+
+    threshold       the K-th largest of what all ranks kept              6 all-reduces of 16 KiB a matrix (radix search)
+    place           the chosen ones in ascending order, sliced over      an all-gather of 8 bytes a tile, and a
+                    the ranks like the layers' values                    reduce-scatter of 8 bytes a candidate
 
 A block is scored by the sum of |gradient| over its weights, and stays whole in every part: below, positions and entries
 are those of blocks, K is their number.
 
 What is chosen does not depend on the number of ranks, nor on the tiles. Of the dense gradient no more than one tile is
-ever there: `TileSearch` looks at each part and forgets it. `DenseAccumulator` instead adds the parts up over several
+ever there: `search_tiles` looks at each part and forgets it. `DenseAccumulator` instead adds the parts up over several
 micro batches, which takes 4 * N / R bytes per rank.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,7 +39,7 @@ from sparse_ds.distributed.process_group import rank, world_size
 from sparse_ds.distributed.zero3_partitions import all_reduce_max_
 from sparse_ds.kernels.dense_row_blocks import gradient_block
 from sparse_ds.kernels.product_operands import ProductOperands
-from sparse_ds.selection.largest_keys import LargestKeys, first_places, index_of, kth_smallest_key
+from sparse_ds.selection.largest_keys import LargestKeys, first_places, index_of, kth_smallest_keys
 from sparse_ds.sparse.layout import SparseLayout
 from sparse_ds.sparse.sparse_linear import SparseLinear
 
@@ -114,25 +118,39 @@ def reduced_parts(tiling: Tiling, operands: ProductOperands, *, squared: bool = 
         del part
 
 
-class TileSearch:
-    """The candidates of one matrix from one micro batch; the dense gradient is never kept.
+@dataclass(frozen=True)
+class Search:
+    """What this rank has kept of one matrix: at most K entries of 12 bytes, and 4 for each weight of a block."""
+
+    layer: SparseLinear
+    tiling: Tiling
+    largest: LargestKeys
+
+    @property
+    def max_bytes(self) -> int:
+        """At the most; the same on every rank."""
+        layout = self.layer.layout
+        return 12 * layout.grid.num_slots + (0 if layout.block_elements == 1 else 4 * layout.num_slots)
+
+
+def common_row_bytes(operands: ProductOperands) -> int:
+    """Bytes of one row of the output's gradient, transposed: ranks may see different numbers of tokens, but their tiles
+    must be the same. Collectives: one all-reduce of a number."""
+    row_bytes = torch.tensor([operands.num_tokens * operands.grad_output_TO.element_size()])
+    all_reduce_max_(row_bytes, operands.input_TI.device)
+    return int(row_bytes)
+
+
+def search_tiles(layer: SparseLinear, tiling: Tiling, operands: ProductOperands) -> Search:
+    """Look at the dense gradient of one micro batch; it is never kept.
 
     Memory: 12 bytes per candidate (at most 12 * K per rank) and the tile.
+    Collectives: those of `reduced_parts`.
     """
-
-    def __init__(self, layer: SparseLinear, tile_bytes: int) -> None:
-        self._layer, self._tile_bytes = layer, tile_bytes
-
-    def find(self, operands: ProductOperands) -> Candidates:
-        """Collectives: one all-reduce of a number, and those of `reduced_parts` and `choose`."""
-        # Ranks may see different numbers of tokens; their tiles must be the same.
-        row_bytes = torch.tensor([operands.num_tokens * operands.grad_output_TO.element_size()])
-        all_reduce_max_(row_bytes, operands.input_TI.device)
-        tiling = Tiling.within(self._layer.layout, self._tile_bytes, int(row_bytes))
-        largest = LargestKeys(self._layer.layout.grid.num_slots, operands.input_TI.device)
-        for first, part in reduced_parts(tiling, operands):
-            _look_at(part, first, tiling.layout, largest)
-        return choose(self._layer, tiling, largest)
+    largest = LargestKeys(layer.layout.grid.num_slots, operands.input_TI.device)
+    for first, part in reduced_parts(tiling, operands):
+        _look_at(part, first, tiling.layout, largest)
+    return Search(layer, tiling, largest)
 
 
 class DenseAccumulator:
@@ -161,8 +179,8 @@ class DenseAccumulator:
             self.sums[position : position + part.numel()].add_(part)
             position += part.numel()
 
-    def find(self) -> Candidates:
-        """The candidates by the sums so far. Collectives: those of `choose`."""
+    def search(self) -> Search:
+        """By the sums so far. Collectives: none."""
         layout = self._layer.layout
         largest = LargestKeys(layout.grid.num_slots, self.sums.device)
         position = 0
@@ -170,7 +188,7 @@ class DenseAccumulator:
             end = position + length * layout.block_elements
             _look_at(self.sums[position:end], first, layout, largest)
             position = end
-        return choose(self._layer, self._tiling, largest)
+        return Search(self._layer, self._tiling, largest)
 
 
 def _look_at(part: Tensor, first_index: int, layout: SparseLayout, largest: LargestKeys) -> None:
@@ -181,23 +199,35 @@ def _look_at(part: Tensor, first_index: int, layout: SparseLayout, largest: Larg
         largest.add(layout.block_sums(part.abs()), first_index, part.view(-1, layout.block_elements))
 
 
-def choose(layer: SparseLinear, tiling: Tiling, largest: LargestKeys) -> Candidates:
-    """The K largest of what all ranks kept, in ascending order, sliced over the ranks like the layer's values.
+def choose(searches: Sequence[Search]) -> list[Candidates]:
+    """Of each matrix the K largest of what all ranks kept, in ascending order, sliced over the ranks like its values.
 
-    Collectives: 6 all-reduces of 16 KiB, one all-gather of 8 bytes per tile, two reduce-scatters of K elements.
+    Memory: 16 bytes per candidate, transient.
+    Collectives: for all matrices together 6 all-reduces of 16 KiB a matrix, one all-gather of 8 bytes per tile and one
+    reduce-scatter of 8 bytes per candidate; every rank must call it with the same matrices.
     """
-    layout = layer.layout
-    kth = kth_smallest_key(largest.keys, layout.grid.num_slots, sum_over_ranks)
-    chosen = largest.keys <= kth
-    indices = index_of(largest.keys[chosen])
-    gradient = largest.scores[chosen] if largest.details is None else largest.details[chosen]
-    ends = torch.tensor([first + length for first, length in tiling.parts()], device=indices.device)
-    up_to_P = torch.searchsorted(indices, ends)
-    counts_P = up_to_P.diff(prepend=up_to_P.new_zeros(1))
-    first_P = first_places(counts_of_ranks(counts_P))[rank()]
-    # Within a tile a rank's entries follow one another.
-    tile_of = torch.repeat_interleave(torch.arange(tiling.num_tiles, device=indices.device), counts_P)
-    own = torch.arange(indices.numel(), device=indices.device)
-    places = first_P[tile_of] + own - (up_to_P - counts_P)[tile_of]
-    slices = place_slices(layer.values, places, [indices, gradient], layout.block_elements)
-    return Candidates(slices[0].to(layout.index_dtype), slices[1].view(-1))
+    if not searches:
+        return []
+    kept = [search.largest for search in searches]
+    layouts = [search.layer.layout for search in searches]
+    num_candidates = [layout.grid.num_slots for layout in layouts]
+    kth_keys = kth_smallest_keys([largest.keys for largest in kept], num_candidates, sum_over_ranks)
+    entries, up_to = [], []
+    for search, kth in zip(searches, kth_keys, strict=True):
+        chosen = search.largest.keys <= kth
+        numbers = search.largest.scores if search.largest.details is None else search.largest.details
+        indices, gradient = index_of(search.largest.keys[chosen]), numbers[chosen]
+        ends = torch.tensor([first + length for first, length in search.tiling.parts()], device=indices.device)
+        up_to.append(torch.searchsorted(indices, ends))
+        entries.append([indices.to(search.layer.layout.index_dtype), gradient])
+    counts = [up_to_P.diff(prepend=up_to_P.new_zeros(1)) for up_to_P in up_to]
+    counts_of_all = torch.split(counts_of_ranks(torch.cat(counts)), [counts_P.numel() for counts_P in counts], dim=1)
+    places = []
+    for up_to_P, counts_P, counts_RP in zip(up_to, counts, counts_of_all, strict=True):
+        # Within a tile a rank's entries follow one another.
+        begin_P = first_places(counts_RP)[rank()] - (up_to_P - counts_P)
+        own = torch.arange(int(up_to_P[-1]), device=up_to_P.device)
+        places.append(torch.repeat_interleave(begin_P, counts_P) + own)
+    parameters, units = [search.layer.values for search in searches], [layout.block_elements for layout in layouts]
+    slices = place_slices(parameters, places, entries, units)
+    return [Candidates(indices, gradient) for indices, gradient in slices]

@@ -15,8 +15,18 @@ g is the averaged gradient of a whole step, as the optimizer gets it: gradient a
 A step that the engine skips (a gradient that is not finite) does not count; if it was to bring the candidates, the next
 one does.
 
-Memory per rank: 16 bytes per candidate / R (index, step's g, sums of g and g^2), between phases nothing. Transient: a
-tile; in backward of a layer 8 bytes per candidate of that layer. `step` and the whole phase: 4 * N / R bytes besides.
+Collectives, few for all matrices together (of sizes bounded by 256 MiB a rank; what is more goes in further ones):
+
+    candidates                   one reduce-scatter per tile in backward; the choice among what was kept at the end of
+                                 the backward, see `candidate_search.choose`
+    gradient at the candidates   their indices are gathered once a phase; their gradients are added up over the micro
+                                 batches and reduced once a step. Matrices that do not fit into 256 MiB: both in
+                                 every micro batch
+
+Memory per rank: 16 bytes per candidate / R (index, step's g, sums of g and g^2), and on several ranks 8 per candidate
+(indices and gradients), together 256 MiB at most; between phases nothing. Transient: a tile; what the ranks have kept,
+12 bytes per candidate and together 256 MiB at most; in backward of a layer 8 bytes per candidate of that layer. `step`
+and the whole phase: 4 * N / R bytes besides.
 
 References: Scaling Sparse Fine-Tuning to Large Language Models (Ansell et al. 2024, arXiv 2401.16405), section 3.2 and
 Algorithm 1. Differs from the paper: with `micro_batch` the candidates come from the first micro batch of the step.
@@ -25,20 +35,32 @@ Algorithm 1. Differs from the paper: with `micro_batch` the candidates come from
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from sparse_ds.distributed.gradient_tiles import gather_slices, reduce_to_slices
-from sparse_ds.distributed.zero3_partitions import owned_range
-from sparse_ds.drop_grow.candidate_search import Candidates, DenseAccumulator, TileSearch
+from sparse_ds.distributed.process_group import world_size
+from sparse_ds.distributed.zero3_partitions import gather_partitions, owned_range
+from sparse_ds.drop_grow.candidate_search import (
+    DenseAccumulator,
+    Search,
+    Tiling,
+    choose,
+    common_row_bytes,
+    search_tiles,
+)
+from sparse_ds.kernels.dense_row_blocks import RowBoundaries
 from sparse_ds.kernels.product_operands import ProductOperands
 from sparse_ds.sparse.gradient_at import gradient_at
 from sparse_ds.sparse.sparse_linear import SparseLinear
 
 Source = Literal["micro_batch", "step", "phase"]
+
+KEPT_BYTES = 2**28
+"""Bound (256 MiB) on what a rank keeps of all matrices besides its slices, so that collectives are few."""
 
 
 @dataclass
@@ -51,6 +73,17 @@ class CandidateSums:
     """[n * e] fp32, sum of g over the counted steps of the phase; with source `phase` that by which they were found."""
     gradient_square: Tensor
     """[n * e] fp32, sum of g^2."""
+
+
+@dataclass(frozen=True)
+class _WholeCandidates:
+    """All candidates of one matrix, on every rank."""
+
+    indices: Tensor
+    """[S]"""
+    row_boundaries: RowBoundaries
+    gradient: Tensor | None
+    """[S] fp32, this rank's gradient of the step so far; None where it goes into the step's right away."""
 
 
 class EstimationPhase:
@@ -86,6 +119,9 @@ class EstimationPhase:
         """n: steps of the current phase that count so far."""
         self._candidates: dict[str, Tensor] = {}
         self._accumulators: dict[str, DenseAccumulator] = {}
+        self._searches: dict[str, Search] = {}
+        self._whole: dict[str, _WholeCandidates] = {}
+        self._row_bytes = 0
         self._step_gradient = self._sum = self._sum_of_squares = torch.empty(0, device=device)
 
     @property
@@ -111,7 +147,8 @@ class EstimationPhase:
         Args:
             clip_coefficient: the engine's, None if it skipped the step; the same on every rank.
 
-        Collectives: with source `step`, after the first step, those of `candidate_search.choose`; every rank must call.
+        Collectives: after the step that brings the candidates those of `candidate_search.choose`, after the others a
+        reduce-scatter of their gradients; every rank must call.
         """
         for layer in self._layers.values():
             layer.observe_gradient = None
@@ -121,12 +158,16 @@ class EstimationPhase:
             return
         if clip_coefficient is None:
             if self.num_counted_steps == 0:
-                self._candidates, self._accumulators = {}, {}
+                self._candidates, self._accumulators, self._searches, self._whole = {}, {}, {}, {}
+            for whole in self._whole.values():
+                if whole.gradient is not None:
+                    whole.gradient.zero_()
             self._step_gradient.zero_()
             return
         if self._source == "step" and not self._candidates:
-            for name in self._layers:
-                self._take_candidates(name, self._accumulators.pop(name).find())
+            self._search_accumulators()
+        self._finish_searches()
+        self._reduce_gradients()
         self._step_gradient.mul_(clip_coefficient)
         self._sum.add_(self._step_gradient)
         self._sum_of_squares.addcmul_(self._step_gradient, self._step_gradient)
@@ -135,9 +176,10 @@ class EstimationPhase:
 
     def finish_phase(self) -> None:
         """Before the event: nothing is left to be found. Collectives: with source `phase` those of `choose`."""
+        self._whole = {}
         if self._source == "phase":
-            for name in self._layers:
-                self._take_candidates(name, self._accumulators.pop(name).find())
+            self._search_accumulators()
+            self._finish_searches()
             self._sum.add_(self._step_gradient)
             self._step_gradient.zero_()
 
@@ -160,7 +202,8 @@ class EstimationPhase:
 
     def forget(self) -> None:
         """After the event: give everything back."""
-        self._candidates, self._accumulators = {}, {}
+        self._candidates, self._accumulators, self._searches, self._whole = {}, {}, {}, {}
+        self._row_bytes = 0
         self._step_gradient = self._sum = self._sum_of_squares = torch.empty(0, device=self._device)
         self.num_counted_steps = 0
 
@@ -172,25 +215,102 @@ class EstimationPhase:
 
     def _observe(self, name: str, operands: ProductOperands) -> None:
         """In backward of one layer. Collectives: those named in the module docstring, in the order of the graph."""
-        layer = self._layers[name]
         if name in self._accumulators:
             self._accumulators[name].add(operands)
-        elif name not in self._candidates:
-            self._take_candidates(name, TileSearch(layer, self._tile_bytes).find(operands))
-        else:
-            layout = layer.layout
-            indices_U = gather_slices(layer.values, self._candidates[name], layout.block_elements)
-            indices_U = indices_U[: layout.grid.num_slots]
-            gradient_S = gradient_at(
-                layout,
-                operands,
-                indices_U,
-                partial(layout.row_boundaries, indices_U),
-                choice=layer.path_choice,
-                scratch_elements=self._tile_bytes // 16,
-            )
-            self._step_gradient[self._slices[name]].add_(reduce_to_slices(layer.values, gradient_S))
+            return
+        if self._searches and (name in self._searches or name in self._candidates):
+            self._finish_searches()  # the second micro batch of the step that brings the candidates
+        if name in self._candidates:
+            self._add_gradient(name, operands)
+            return
+        # Once a phase: all layers of a micro batch see the same tokens.
+        self._row_bytes = self._row_bytes or common_row_bytes(operands)
+        layer = self._layers[name]
+        tiling = Tiling.within(layer.layout, self._tile_bytes, self._row_bytes)
+        self._add_search(name, search_tiles(layer, tiling, operands))
 
-    def _take_candidates(self, name: str, found: Candidates) -> None:
-        self._candidates[name] = found.indices
-        self._step_gradient[self._slices[name]].add_(found.gradient)
+    def _search_accumulators(self) -> None:
+        for name in self._layers:
+            self._add_search(name, self._accumulators.pop(name).search())
+
+    def _add_search(self, name: str, search: Search) -> None:
+        held_bytes = sum(held.max_bytes for held in self._searches.values())
+        if held_bytes + search.max_bytes > KEPT_BYTES:
+            self._finish_searches()
+        self._searches[name] = search
+
+    def _finish_searches(self) -> None:
+        """Collectives: those of `choose`, if there is a search."""
+        searches, self._searches = self._searches, {}
+        for name, found in zip(searches, choose(list(searches.values())), strict=True):
+            self._candidates[name] = found.indices
+            self._step_gradient[self._slices[name]].add_(found.gradient)
+
+    def _add_gradient(self, name: str, operands: ProductOperands) -> None:
+        """Collectives: at the first call of a phase one all-gather; for matrices that are not kept whole an all-gather
+        and a reduce-scatter."""
+        if not self._whole:
+            self._whole = self._gather_candidates()
+        layer = self._layers[name]
+        whole = self._whole.get(name) or self._whole_candidates(
+            name, gather_slices(layer.values, self._candidates[name], layer.layout.block_elements)
+        )
+        gradient_S = gradient_at(
+            layer.layout,
+            operands,
+            whole.indices,
+            whole.row_boundaries,
+            choice=layer.path_choice,
+            scratch_elements=self._tile_bytes // 16,
+        )
+        if whole.gradient is not None:
+            whole.gradient.add_(gradient_S)
+        else:
+            self._step_gradient[self._slices[name]].add_(*reduce_to_slices([layer.values], [gradient_S]))
+
+    def _gather_candidates(self) -> dict[str, _WholeCandidates]:
+        """The matrices that fit into KEPT_BYTES, in their order. Collectives: one all-gather with several ranks."""
+        if world_size() == 1:
+            return {name: self._whole_candidates(name, own) for name, own in self._candidates.items()}
+        names, kept_bytes = [], 0
+        for name in self._layers:
+            kept_bytes += self._whole_bytes(name)
+            if kept_bytes > KEPT_BYTES:
+                break
+            names.append(name)
+        if not names:
+            return {}
+        layers = [self._layers[name] for name in names]
+        indices = gather_partitions(
+            [layer.values for layer in layers],
+            [self._candidates[name] for name in names],
+            self._device,
+            [layer.layout.block_elements for layer in layers],
+        )
+        return {
+            name: self._whole_candidates(
+                name, indices_S, torch.zeros(self._layers[name].layout.num_slots, device=self._device)
+            )
+            for name, indices_S in zip(names, indices, strict=True)
+        }
+
+    def _whole_bytes(self, name: str) -> int:
+        layout = self._layers[name].layout
+        return layout.grid.num_slots * layout.index_dtype.itemsize + 4 * layout.num_slots
+
+    def _whole_candidates(self, name: str, indices_S: Tensor, gradient_S: Tensor | None = None) -> _WholeCandidates:
+        layout = self._layers[name].layout
+        indices_S = indices_S[: layout.grid.num_slots]  # what is behind fills up a rank's last block
+        row_boundaries = cache(partial(layout.row_boundaries, indices_S))
+        return _WholeCandidates(indices_S, row_boundaries, gradient_S)
+
+    def _reduce_gradients(self) -> None:
+        """Collectives: one reduce-scatter, if candidates are kept whole."""
+        names = [name for name, whole in self._whole.items() if whole.gradient is not None]
+        gradients = [gradient for whole in self._whole.values() if (gradient := whole.gradient) is not None]
+        if not names:
+            return
+        for name, own in zip(names, reduce_to_slices([self._layers[n].values for n in names], gradients), strict=True):
+            self._step_gradient[self._slices[name]].add_(own)
+        for gradient in gradients:
+            gradient.zero_()

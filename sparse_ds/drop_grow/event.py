@@ -134,7 +134,7 @@ class DropAndGrow:
     def run(self, step: int, num_to_replace: dict[str, int], seeds: Seeds) -> EventRecord:
         """Exchange up to `num_to_replace[name]` blocks (of one weight by default) of each tensor.
 
-        The caller releases gathered parameters afterwards (`engine.empty_partition_cache()`): until then a gathered
+        The caller releases gathered parameters afterwards (`release_gathered`): until then a gathered
         parameter holds its old contents.
 
         Collectives: those of `EstimationPhase.finish_phase`, one all-gather per batch of tensors (two with

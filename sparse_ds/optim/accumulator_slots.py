@@ -8,9 +8,9 @@ A flat tensor is cut into *stretches*, the segments and the padding between them
     chunk 1                                |--------------|
 
 Of an element only its flat position in its matrix is stored (4 bytes, the indices of the layer); its slots follow from
-the number of columns and the place of the accumulators, which are those of its stretch. So one chunk is a few operations
-on whole vectors, however many tensors it runs through. Padding gets the slots of its flat tensor's first matrix, at
-(0, 0): with a gradient of 0 it never raises an accumulator.
+the number of columns and the place of the accumulators, which are those of its stretch. So one chunk is a few
+operations on whole vectors, however many tensors it runs through. Padding gets the slots of its flat tensor's first
+matrix, at (0, 0): with a gradient of 0 it never raises an accumulator.
 """
 
 from __future__ import annotations
@@ -120,11 +120,11 @@ class AccumulatorSlots:
 
 def _all_stretches(segments: list[FlatSegment], num_elements: int) -> list[tuple[FlatSegment | None, int, int]]:
     """(segment or padding, first element, end) over the whole flat tensor, without empty ones."""
-    padding: list[tuple[FlatSegment | None, int, int]] = [
-        (None, begin, end) for begin, end in padding_ranges(segments, num_elements)
+    stretches: list[tuple[FlatSegment | None, int, int]] = [
+        (segment, segment.offset, segment.offset + segment.length) for segment in segments if segment.length
     ]
-    real = [(segment, segment.offset, segment.offset + segment.length) for segment in segments if segment.length]
-    return sorted(padding + real, key=lambda stretch: stretch[1])
+    stretches += [(None, begin, end) for begin, end in padding_ranges(segments, num_elements)]
+    return sorted(stretches, key=lambda stretch: stretch[1])
 
 
 def _within(stretches: list[tuple[FlatSegment | None, int, int]], place: slice) -> Iterator[_Stretch]:

@@ -27,7 +27,7 @@ Nothing here communicates. `RadixSearch` is the search cut open between counting
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -166,6 +166,26 @@ def kth_smallest_key(local_keys: Tensor, k: int, sum_over_ranks: Callable[[Tenso
     while not search.done:
         search.take(sum_over_ranks(search.histogram(local_keys)))
     return search.kth_key
+
+
+def kth_smallest_keys(
+    local_keys: Sequence[Tensor], ks: Sequence[int], sum_over_ranks: Callable[[Tensor], Tensor]
+) -> list[int]:
+    """`kth_smallest_key` of several tensors at once: as many rounds as for one of them.
+
+    Memory: 8 bytes per key of one tensor, 16 KiB per tensor.
+
+    Args:
+        local_keys: at least one tensor [n] int64 as for `kth_smallest_key`.
+        ks: k of each.
+        sum_over_ranks: gets [tensors, 2048] int64 histograms and returns the sum over ranks; called 6 times.
+    """
+    searches = [RadixSearch(k) for k in ks]
+    while not searches[0].done:
+        histograms = [search.histogram(keys) for search, keys in zip(searches, local_keys, strict=True)]
+        for search, total in zip(searches, sum_over_ranks(torch.stack(histograms)).cpu(), strict=True):
+            search.take(total)
+    return [search.kth_key for search in searches]
 
 
 def kth_largest_score(local_scores: Tensor, k: int, sum_over_ranks: Callable[[Tensor], Tensor]) -> float:

@@ -26,7 +26,7 @@ def own_indices(layer: SparseLayer) -> Tensor:
 def write_indices(layer: SparseLayer, indices_S: Tensor) -> None:
     """Replace the indices of a layer; every rank gives the whole list and keeps its slice.
 
-    What is gathered at the moment keeps its old content: call `engine.empty_partition_cache()` after the last write.
+    What is gathered at the moment keeps its old content: call `release_gathered` after the last write.
 
     Args:
         layer: its `num_active` is that of the new indices already.

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import Trainer
 
-from sparse_ds.distributed.zero3_partitions import all_reduce_sum
+from sparse_ds.distributed.zero3_partitions import all_reduce_sum, release_gathered
 from sparse_ds.monitor.summary import perplexity
 from sparse_ds.training.evaluation import HeldoutResult, heldout_loss
 from sparse_ds.training.global_order import GlobalOrderSampler
@@ -183,4 +183,4 @@ class SparseTrainer(Trainer):
     def release_gathered(self) -> None:
         """Give back all gathered parameters. After evaluation nearly all are still gathered; after an event they hold
         the old contents. Collectives: none."""
-        self.deepspeed.empty_partition_cache()
+        release_gathered(self.deepspeed)

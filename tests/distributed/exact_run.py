@@ -9,6 +9,7 @@ real thing: engine, optimizer, estimation, events, callbacks.
 
 from __future__ import annotations
 
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from sparse_ds.config import RunConfig, build_deepspeed_config
 from sparse_ds.distributed.born_partitioned import PartitionedParameters, slice_of
 from sparse_ds.distributed.process_group import rank, world_size
-from sparse_ds.distributed.zero3_partitions import MasterWeights, gather_partitions
+from sparse_ds.distributed.zero3_partitions import MasterWeights, gather_partitions, release_gathered
 from sparse_ds.drop_grow.event import EventRecord
 from sparse_ds.drop_grow.weight_states import WeightStates
 from sparse_ds.optim.sm3 import SparseSM3
@@ -131,7 +132,7 @@ class ExactRun:
                 drop_and_grow,
                 self.optimizer,
                 self.engine,
-                self.engine.empty_partition_cache,
+                partial(release_gathered, self.engine),
                 self.records.append,
             )
         ]

@@ -21,6 +21,7 @@ from sparse_ds.checkpoint.run_folder import find_checkpoint
 from sparse_ds.checkpoint.writing import CheckpointWrite, IndexContent
 from sparse_ds.config.errors import UserError
 from sparse_ds.distributed.process_group import gather, rank, world_size
+from sparse_ds.distributed.zero3_partitions import release_gathered
 from sparse_ds.training.engine_state import EngineCounters, EngineState
 
 STEPS = 16
@@ -70,7 +71,7 @@ def restore(run: ExactRun, engine: EngineState, folder: Path) -> int:
     assert checkpoint is not None
     names = engine.restore(checkpoint, EngineCounters.model_validate(checkpoint.index.run_state["engine"]))
     assert names == checkpoint.names
-    run.engine.empty_partition_cache()
+    release_gathered(run.engine)
     return checkpoint.index.step
 
 

@@ -100,7 +100,7 @@ class Driver:
     def _release(self) -> None:
         if self.goes_stale:
             self.stale_outputs.append(self.toy.predict(X))
-        self.toy.engine.empty_partition_cache()
+        zero3_partitions.release_gathered(self.toy.engine)
 
 
 def check_carried_over(driver: Driver, before: dict[str, Any], after: dict[str, Any]) -> int:

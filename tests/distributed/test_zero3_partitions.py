@@ -19,6 +19,7 @@ from sparse_ds.distributed.zero3_partitions import (
     gather_partitions,
     local_partition,
     owned_range,
+    release_gathered,
 )
 
 X = torch.randn(6, 11, generator=torch.Generator().manual_seed(5))
@@ -48,7 +49,7 @@ def check_writes(toy: Toy) -> None:
     for layer in toy.layers.values():
         start, num_real = owned_range(layer.values)
         toy.master.write_values(layer.values, torch.arange(start, start + num_real).float() + 0.5)
-    toy.engine.empty_partition_cache()
+    release_gathered(toy.engine)
     for name, layer in toy.layers.items():
         expected = torch.arange(LAYOUTS[name].num_active) + 0.5
         with deepspeed.zero.GatheredParameters([layer.values]):
