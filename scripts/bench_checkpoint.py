@@ -178,7 +178,7 @@ class MeasuredRun(_Training):
         self.num_rounds += 1
 
     def _write_ours(self, *, background: bool) -> Path:
-        self.ours[background].save(self._report())
+        self.ours[background].save(self.report.to_state())
         return self.output.path / f"ours-{background}"
 
     def _write_deepspeed(self, *, exclude_frozen: bool) -> Path:

@@ -43,7 +43,12 @@ stage() {
     fi
     printf '\n## %s\n\n`%s`\n' "$name" "$*" | tee -a "$folder/report.md"
     printf '\n## %s\n' "$name" >>"$folder/errors.log"
-    timeout --kill-after=5 "$((limit < left ? limit : left))" "$@" 2>>"$folder/errors.log" | tee -a "$folder/report.md"
+    limit=$((limit < left ? limit : left))
+    if [[ $(type -t "$1") == function ]]; then
+        "$@"
+    else
+        timeout --kill-after=5 "$limit" "$@"
+    fi 2>>"$folder/errors.log" | tee -a "$folder/report.md"
     status=${PIPESTATUS[0]}
     printf '\n%s after %s s\n' "$( ((status == 0)) && echo done || echo "FAILED (exit code $status, see errors.log)")" \
         "$((SECONDS - begun))" | tee -a "$folder/report.md"
@@ -70,6 +75,24 @@ test_kernels() {
     return $failed
 }
 
+# The four cases side by side, since nothing is timed: each row has a process of its own, which takes long to start.
+memory_tables() {
+    local running=() failed=0 case
+    for case in "bfloat16" "bfloat16 --checkpointing" "nf4" "nf4 --checkpointing"; do
+        # shellcheck disable=SC2086
+        timeout --kill-after=5 "$limit" "$python" scripts/bench_memory.py "${step[@]}" "${one[@]:0:2}" \
+            --densities "$density" --dtype $case --rows "${memory_rows[@]}" --json "$folder/memory_${case// --/_}.json" \
+            >"$folder/memory_${case// --/_}.md" &
+        running+=($!)
+    done
+    for process in "${running[@]}"; do
+        wait "$process" || failed=1
+    done
+    cat "$folder"/memory_*.md
+    rm "$folder"/memory_*.md
+    return $failed
+}
+
 printf '# GPU benchmarks\n\n%s\n' "$(date -u +%F)" | tee "$folder/report.md"
 if [[ $device == cuda ]]; then
     nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader | tee -a "$folder/report.md"
@@ -77,7 +100,8 @@ if [[ $device == cuda ]]; then
         tee -a "$folder/report.md"
 fi
 if test_kernels; then
-    printf '\nGPU kernels against fp64: %s\n' "$(grep -c passed "$folder/tests.log") of them passed" | tee -a "$folder/report.md"
+    printf '\nGPU kernels against fp64 and torch, one line per process:\n\n%s\n' "$(grep passed "$folder/tests.log")" |
+        tee -a "$folder/report.md"
 else
     printf '\nGPU kernels against fp64: FAILED\n' | tee -a "$folder/report.md"
     tail -40 "$folder/tests.log"
@@ -90,12 +114,16 @@ if [[ $device == cuda ]]; then
     one=(--tokens 1x2048)
     four=(--tokens 4x2048)
     all=(--densities 0.001 0.003 0.006 0.0125 0.023)
+    density=0.006
+    memory_rows=(sparta sft_ag sft_ma lora_0.1)
 else
     kernels=(--device cpu --dtype float32 --shapes 64x64 --tokens 32 --densities 0.01 --optimizer-weights 1000 --rounds 1)
     step=(--device cpu --shape tiny --layers 1)
     one=(--tokens 1x16 --rounds 1)
     four=(--tokens 4x16 --rounds 1)
     all=(--densities 0.02 0.05)
+    density=0.02
+    memory_rows=(sparta lora_0.1)
 fi
 methods=(--rows floor sparta sft_ag sft_ma lora_0 lora_0.1)
 stage 70 "Kernels" "$python" scripts/bench_kernels.py "${kernels[@]}" --json "$folder/kernels.json"
@@ -109,8 +137,7 @@ stage 50 "Step, 16 x 16 blocks at the largest density" "$python" scripts/bench_s
     --json "$folder/step_blocks.json"
 stage 60 "Step, bf16, micro batch 4" "$python" scripts/bench_step.py "${step[@]}" "${four[@]}" "${all[@]}" \
     "${methods[@]}" --dtype bfloat16 --json "$folder/step_bf16_4.json"
-stage 90 "Memory" "$python" scripts/bench_memory.py "${step[@]}" "${one[@]:0:2}" --densities "${all[1]}" --all-cases \
-    "${methods[@]}" --json "$folder/memory.json"
+stage 80 "Memory" memory_tables
 stage 50 "Step, NF4, micro batch 4" "$python" scripts/bench_step.py "${step[@]}" "${four[@]}" "${all[@]}" \
     "${methods[@]}" --dtype nf4 --json "$folder/step_nf4_4.json"
 echo

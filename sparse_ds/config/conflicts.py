@@ -166,6 +166,14 @@ def _model_conflicts(model: ModelConfig, method: MethodConfig | None, train: Tra
             "auto."
         )
 
+    if model.liger_kernels and train is not None and train.device == "cpu":
+        yield "model.liger_kernels: got true, but these kernels need a GPU, and train.device is cpu. Set it to false."
+    if model.liger_kernels and train is not None and train.compile:
+        yield (
+            "train.compile: got true together with model.liger_kernels, which replaces the same functions. Choose one "
+            "of the two."
+        )
+
 
 def find_idle_task_keys(model: ModelConfig) -> dict[str, tuple[str, ...]]:
     """Section -> keys that only another task, or another initialization of its head, uses."""

@@ -74,6 +74,9 @@ class ModelConfig(_Section):
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     """The attention implementation of transformers; `auto`: `sdpa` where the architecture has it, else `eager`
     (Gemma-2); `flash_attention_2` needs the flash-attn package and a GPU."""
+    liger_kernels: bool = False
+    """Compute norms, rotary embedding, the MLP's activation and the loss with the Triton kernels of the package
+    liger-kernel; the logits of a micro batch then never exist as a whole. Needs a GPU; decoders only."""
     unused_tensors: list[Text] = []
     """Names (or patterns with * and ?) of tensors that the checkpoint holds and the architecture in its config.json
     does not have. Any other such tensor is refused: without it the model would be another one."""
@@ -279,6 +282,10 @@ class TrainConfig(_Section):
     """Begin anew in an output folder that already holds a run."""
     gradient_checkpointing: bool = False
     """Compute the activations of each block again in backward: less memory, about a third more work."""
+    compile: bool = False
+    """Let torch compile what lies between the linear layers: norms, rotary embedding, the MLP's activation, the loss.
+    Takes half a minute or so at the start, and needs a C++ compiler (CPU) or triton (GPU); decoders only. The
+    alternative to `model.liger_kernels`."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; `auto`: on GPUs where there are any."""
     cpu_threads: PositiveInt | None = None
@@ -350,6 +357,10 @@ class MonitorConfig(_Section):
     """Write a `step` line to metrics.jsonl after every so many optimizer steps, 1 or more."""
     progress_bar: bool = True
     """Show a progress bar on rank 0."""
+    peak_tflops: Annotated[float, Field(gt=0)] | None = None
+    """What one rank's device can do at best, in 10^12 operations a second, above 0: of it `mfu` and `hfu` are shares.
+    null: from a table of data sheets (A100, H100, H200 and some more, by `model.dtype`); they are left out where the
+    device is not in it, as no CPU is."""
     report_to: list[Tracker] = []
     """Trackers of transformers to report to; each needs its package."""
     num_sample_prompts: Annotated[int, Field(ge=0)] = 1

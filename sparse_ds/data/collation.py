@@ -74,11 +74,11 @@ class PackedCollator:
         """Collate B rows with the `input_ids` and `labels` of their samples.
 
         Returns:
-            `input_ids`, `position_ids` and `labels`, each int64 [B, T] on the CPU; `num_tokens`, an int, without
-            padding. Joined rows: [1, T] with the tokens of all rows, and `cu_seq_lens_q`, `cu_seq_lens_k` (int32
-            [samples + 1]), `max_length_q`, `max_length_k` (int).
+            `input_ids`, `position_ids` and `labels`, each int64 [B, T] on the CPU; `sample_lengths`, int64 [samples],
+            for whoever counts: no input of the model. Joined rows: [1, T] with the tokens of all rows, and
+            `cu_seq_lens_q`, `cu_seq_lens_k` (int32 [samples + 1]), `max_length_q`, `max_length_k` (int).
         """
-        num_tokens = sum(len(ids) for row in rows for ids in row["input_ids"])
+        sample_lengths = torch.tensor([len(ids) for row in rows for ids in row["input_ids"]])
         if self.joins_rows:
             samples = [
                 {"input_ids": ids, "labels": labels}
@@ -86,7 +86,7 @@ class PackedCollator:
                 for ids, labels in zip(row["input_ids"], row["labels"], strict=True)
             ]
             joined = DataCollatorWithFlattening(return_flash_attn_kwargs=True)(samples, return_tensors="pt")
-            return {**joined, "num_tokens": num_tokens}
+            return {**joined, "sample_lengths": sample_lengths}
         joined_rows = [{"input_ids": [token for ids in row["input_ids"] for token in ids]} for row in rows]
         input_ids_BT, _ = _pad(joined_rows, self.pad_token_id, self.pad_to_multiple_of)
         position_ids_BT, labels_BT = torch.zeros_like(input_ids_BT), torch.full_like(input_ids_BT, IGNORED_LABEL)
@@ -102,7 +102,7 @@ class PackedCollator:
             "input_ids": input_ids_BT,
             "position_ids": position_ids_BT,
             "labels": labels_BT,
-            "num_tokens": num_tokens,
+            "sample_lengths": sample_lengths,
         }
 
 

@@ -13,7 +13,6 @@ process group that DeepSpeed uses and are issued from the same thread, one after
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -80,10 +79,7 @@ def counts_of_ranks(counts_P: Tensor) -> Tensor:
 
 
 def place_slices(
-    parameters: Sequence[Parameter],
-    places: Sequence[Tensor],
-    entries: Sequence[Sequence[Tensor]],
-    units: Sequence[int],
+    parameters: Sequence[Parameter], places: Sequence[Tensor], entries: Sequence[Sequence[Tensor]], units: Sequence[int]
 ) -> list[list[Tensor]]:
     """Spread lists, of which every rank has some entries, over the ranks like the slices of parameters.
 
@@ -93,7 +89,7 @@ def place_slices(
             belongs to two ranks.
         entries: for each parameter some lists [n] or [n, m] of 4 or 8 bytes a number; the ranks' entries together make
             at most [S] each, zeros behind.
-        units: of each parameter.
+        units: of the parameters.
 
     Returns:
         For each parameter this rank's slice of each of its lists (real elements only).
@@ -103,35 +99,25 @@ def place_slices(
     """
     whole_lists, owners = [], []
     for parameter, own_places, own_entries, unit in zip(parameters, places, entries, units, strict=True):
-        num_units, num_owned = parameter.ds_tensor.ds_numel // unit, owned_range(parameter)[1] // unit
+        num_places = parameter.ds_tensor.ds_numel // unit * world_size()
         for entry in own_entries:
-            whole = entry.new_zeros(num_units * world_size(), *entry.shape[1:])
+            whole = torch.zeros(num_places, *entry.shape[1:], dtype=entry.dtype, device=entry.device)
             whole[own_places] = entry
             # All ranks but one have 0 at a place, so the sum of integers moves bits of any kind.
-            whole_lists.append(whole.view(-1).view(torch.int32).view(world_size(), -1))
-            owners.append((entry.dtype, num_owned * math.prod(entry.shape[1:])))
+            whole_lists.append(whole.view(world_size(), -1).view(torch.int32))
+            owners.append((entry, owned_range(parameter)[1] // unit))
     parts = _reduce_scatter(whole_lists)
-    slices = [part.clone().view(dtype)[:num_numbers] for (dtype, num_numbers), part in zip(owners, parts, strict=True)]
+    slices = [
+        part.clone().view(entry.dtype).view(-1, *entry.shape[1:])[:num_own]
+        for (entry, num_own), part in zip(owners, parts, strict=True)
+    ]
     rest = iter(slices)
     return [[next(rest) for _ in own_entries] for own_entries in entries]
 
 
-def gather_slices(parameter: Parameter, slice_n: Tensor, unit: int = 1) -> Tensor:
-    """[S] the whole list from every rank's slice, as `parameter` [S * unit] is partitioned.
-
-    Collectives: one all-gather; every rank must call it.
-    """
-    size = parameter.ds_tensor.ds_numel // unit
-    padded = torch.zeros(size, dtype=slice_n.dtype, device=slice_n.device)
-    padded[: slice_n.numel()] = slice_n
-    whole = torch.empty(size * world_size(), dtype=slice_n.dtype, device=slice_n.device)
-    torch.distributed.all_gather_into_tensor(whole, padded)
-    return whole[: parameter.ds_numel // unit]
-
-
 def reduce_to_slices(parameters: Sequence[Parameter], gradients: Sequence[Tensor]) -> list[Tensor]:
-    """This rank's slices of the mean over ranks of lists of fp32 numbers, each sliced like its parameter (with zeros
-    behind, where that is longer).
+    """This rank's slices of the mean over ranks of lists [S] of fp32 numbers, each sliced like its parameter (zeros if
+    that is longer).
 
     Memory: all lists once more, padded.
     Collectives: one reduce-scatter of all lists; every rank must call it with the same parameters.

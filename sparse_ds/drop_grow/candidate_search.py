@@ -120,7 +120,7 @@ def reduced_parts(tiling: Tiling, operands: ProductOperands, *, squared: bool = 
 
 @dataclass(frozen=True)
 class Search:
-    """What this rank has kept of one matrix: at most K entries of 12 bytes, and 4 for each weight of a block."""
+    """What this rank has kept of one matrix: at most K entries of 12 bytes, of blocks their gradients besides."""
 
     layer: SparseLinear
     tiling: Tiling
@@ -130,7 +130,7 @@ class Search:
     def max_bytes(self) -> int:
         """At the most; the same on every rank."""
         layout = self.layer.layout
-        return 12 * layout.grid.num_slots + (0 if layout.block_elements == 1 else 4 * layout.num_slots)
+        return 12 * layout.grid.num_slots + (4 * layout.num_slots if layout.block_elements > 1 else 0)
 
 
 def common_row_bytes(operands: ProductOperands) -> int:
@@ -209,14 +209,14 @@ def choose(searches: Sequence[Search]) -> list[Candidates]:
     if not searches:
         return []
     kept = [search.largest for search in searches]
-    layouts = [search.layer.layout for search in searches]
-    num_candidates = [layout.grid.num_slots for layout in layouts]
+    num_candidates = [search.layer.layout.grid.num_slots for search in searches]
     kth_keys = kth_smallest_keys([largest.keys for largest in kept], num_candidates, sum_over_ranks)
     entries, up_to = [], []
     for search, kth in zip(searches, kth_keys, strict=True):
-        chosen = search.largest.keys <= kth
-        numbers = search.largest.scores if search.largest.details is None else search.largest.details
-        indices, gradient = index_of(search.largest.keys[chosen]), numbers[chosen]
+        largest = search.largest
+        chosen = largest.keys <= kth
+        indices = index_of(largest.keys[chosen])
+        gradient = largest.scores[chosen] if largest.details is None else largest.details[chosen]
         ends = torch.tensor([first + length for first, length in search.tiling.parts()], device=indices.device)
         up_to.append(torch.searchsorted(indices, ends))
         entries.append([indices.to(search.layer.layout.index_dtype), gradient])
@@ -228,6 +228,6 @@ def choose(searches: Sequence[Search]) -> list[Candidates]:
         begin_P = first_places(counts_RP)[rank()] - (up_to_P - counts_P)
         own = torch.arange(int(up_to_P[-1]), device=up_to_P.device)
         places.append(torch.repeat_interleave(begin_P, counts_P) + own)
-    parameters, units = [search.layer.values for search in searches], [layout.block_elements for layout in layouts]
-    slices = place_slices(parameters, places, entries, units)
-    return [Candidates(indices, gradient) for indices, gradient in slices]
+    units = [search.layer.layout.block_elements for search in searches]
+    slices = place_slices([search.layer.values for search in searches], places, entries, units)
+    return [Candidates(indices, gradient.view(-1)) for indices, gradient in slices]

@@ -41,7 +41,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sparse_ds.distributed.gradient_tiles import gather_slices, reduce_to_slices
+from sparse_ds.distributed.gradient_tiles import reduce_to_slices
 from sparse_ds.distributed.process_group import world_size
 from sparse_ds.distributed.zero3_partitions import gather_partitions, owned_range
 from sparse_ds.drop_grow.candidate_search import (
@@ -80,7 +80,7 @@ class _WholeCandidates:
     """All candidates of one matrix, on every rank."""
 
     indices: Tensor
-    """[S]"""
+    """[U], of blocks where the layer has them."""
     row_boundaries: RowBoundaries
     gradient: Tensor | None
     """[S] fp32, this rank's gradient of the step so far; None where it goes into the step's right away."""
@@ -252,9 +252,7 @@ class EstimationPhase:
         if not self._whole:
             self._whole = self._gather_candidates()
         layer = self._layers[name]
-        whole = self._whole.get(name) or self._whole_candidates(
-            name, gather_slices(layer.values, self._candidates[name], layer.layout.block_elements)
-        )
+        whole = self._whole.get(name) or self._whole_candidates(name, *self._gather([name]))
         gradient_S = gradient_at(
             layer.layout,
             operands,
@@ -280,29 +278,31 @@ class EstimationPhase:
             names.append(name)
         if not names:
             return {}
+        return {
+            name: self._whole_candidates(
+                name, indices_U, torch.zeros(self._layers[name].layout.num_slots, device=self._device)
+            )
+            for name, indices_U in zip(names, self._gather(names), strict=True)
+        }
+
+    def _gather(self, names: list[str]) -> list[Tensor]:
+        """All candidates of some matrices. Collectives: one all-gather."""
         layers = [self._layers[name] for name in names]
-        indices = gather_partitions(
+        return gather_partitions(
             [layer.values for layer in layers],
             [self._candidates[name] for name in names],
             self._device,
             [layer.layout.block_elements for layer in layers],
         )
-        return {
-            name: self._whole_candidates(
-                name, indices_S, torch.zeros(self._layers[name].layout.num_slots, device=self._device)
-            )
-            for name, indices_S in zip(names, indices, strict=True)
-        }
 
     def _whole_bytes(self, name: str) -> int:
         layout = self._layers[name].layout
         return layout.grid.num_slots * layout.index_dtype.itemsize + 4 * layout.num_slots
 
-    def _whole_candidates(self, name: str, indices_S: Tensor, gradient_S: Tensor | None = None) -> _WholeCandidates:
+    def _whole_candidates(self, name: str, indices: Tensor, gradient_S: Tensor | None = None) -> _WholeCandidates:
         layout = self._layers[name].layout
-        indices_S = indices_S[: layout.grid.num_slots]  # what is behind fills up a rank's last block
-        row_boundaries = cache(partial(layout.row_boundaries, indices_S))
-        return _WholeCandidates(indices_S, row_boundaries, gradient_S)
+        indices_U = indices[: layout.grid.num_slots]
+        return _WholeCandidates(indices_U, cache(partial(layout.row_boundaries, indices_U)), gradient_S)
 
     def _reduce_gradients(self) -> None:
         """Collectives: one reduce-scatter, if candidates are kept whole."""

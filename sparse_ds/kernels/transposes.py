@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparse_ds.kernels.compiled import CompiledUpdate
+from sparse_ds.kernels.compilation import CompiledUpdate
 
 MIN_COMPILED_ELEMENTS = 2**20
 """Smaller matrices are copied eagerly: what is won (0.3 ms a copy) does not pay for seconds of compiling."""

@@ -31,9 +31,7 @@ def find_targets(model: nn.Module, target_modules: Sequence[str] | str) -> list[
     Raises:
         UserError: a pattern matches no layer.
     """
-    linears = [
-        name for name, module in model.named_modules() if isinstance(module, nn.Linear) and _IN_BLOCK.search(name)
-    ]
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and is_in_block(name)]
     if target_modules == ALL_LINEAR:
         return linears
     patterns = [target_modules] if isinstance(target_modules, str) else list(target_modules)
@@ -53,6 +51,11 @@ def find_targets(model: nn.Module, target_modules: Sequence[str] | str) -> list[
     return [name for name in linears if name in chosen]
 
 
+def is_in_block(name: str) -> bool:
+    """Whether a module is a part of a transformer block."""
+    return _IN_BLOCK.search(name) is not None
+
+
 def find_blocks(model: nn.Module) -> list[str]:
     """Names of the transformer blocks, in the order of the model."""
     return [name for name, _ in model.named_modules() if _IS_BLOCK.search(name)]
@@ -66,7 +69,7 @@ def find_norms(model: nn.Module) -> list[str]:
     return [
         name
         for name, module in model.named_modules()
-        if type(module).__name__.endswith("RMSNorm") or (isinstance(module, nn.LayerNorm) and _IN_BLOCK.search(name))
+        if type(module).__name__.endswith("RMSNorm") or (isinstance(module, nn.LayerNorm) and is_in_block(name))
     ]
 
 

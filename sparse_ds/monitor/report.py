@@ -37,7 +37,7 @@ def run_table(summary: RunSummary) -> str:
         (
             "training",
             f"{summary.num_steps:,} steps{skipped} in {_duration(summary.wall_s)}, "
-            f"{summary.tokens_per_second:,.0f} tokens/s, {peak}",
+            f"{summary.tokens_per_second:,.0f} tokens/s{_utilization(summary)}, {peak}",
         ),
         ("sample prompt", summary.sample_prompt),
         ("answer before", summary.sample_answer_before),
@@ -206,6 +206,13 @@ def _loss(loss: float | None) -> str:
 
 def _percent(fraction: float) -> str:
     return f"{fraction * 100:.3g} %"
+
+
+def _utilization(summary: RunSummary) -> str:
+    if summary.mfu is None:
+        return ""
+    recomputed = "" if summary.hfu in (None, summary.mfu) else f" ({summary.hfu:.1%} with recomputation)"
+    return f", {summary.mfu:.1%} of peak{recomputed}"
 
 
 def _duration(seconds: float) -> str:

@@ -45,6 +45,12 @@ class RunSummary:
     heldout_scores_after: dict[str, float] | None = None
     num_skipped_steps: int = 0
     """Of `num_steps`: those whose loss or gradient was not finite."""
+    tflops_per_rank: float | None = None
+    """10^12 operations a second that the training's tokens need (`model.flops`)."""
+    mfu: float | None = None
+    """`tflops_per_rank` as a share of the peak of one device; None where that is not known."""
+    hfu: float | None = None
+    """The same with what activation checkpointing does once more."""
     tasks: list[dict[str, Any]] | None = None
     """A record per entry of `data.tasks`: `task` (its name), `num_samples`, `accuracy_before`, `accuracy_after`, and
     `chance`, the accuracy of guessing."""

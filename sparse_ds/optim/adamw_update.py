@@ -16,7 +16,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from sparse_ds.kernels.compiled import CompiledUpdate
+from sparse_ds.kernels.compilation import CompiledUpdate
 
 LARGEST_BETA = 0.99999
 """The table of bias corrections has 17.3 / (1 - beta) entries of 12 bytes: 0.2 MB for 0.999, 21 MB for this."""

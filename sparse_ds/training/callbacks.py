@@ -24,8 +24,10 @@ from sparse_ds.distributed.watchdog import Watchdog
 from sparse_ds.distributed.zero3_partitions import all_reduce_max_
 from sparse_ds.drop_grow.estimation import EstimationPhase
 from sparse_ds.drop_grow.event import DropAndGrow, EventRecord, Seeds
+from sparse_ds.model.flops import StepFlops
 from sparse_ds.monitor.memory import memory_gib
 from sparse_ds.monitor.metrics_log import MetricsLog
+from sparse_ds.monitor.throughput import Throughput, throughput
 from sparse_ds.optim.sm3 import SparseSM3
 from sparse_ds.optim.sparse_adamw import SparseAdamW
 from sparse_ds.training.classification_scores import SCORES
@@ -157,14 +159,21 @@ class RunEvents(TrainerCallback):
 class WriteMetrics(TrainerCallback):
     """Step and evaluation lines of metrics.jsonl.
 
+    Args:
+        trainer: counts tokens and pairs.
+        log: takes the lines.
+        flops: what they cost.
+        peak_tflops: of one device; None: not known.
+
     Collectives: one small all-reduce per logged step (tokens of all ranks); on every rank.
     """
 
-    def __init__(self, trainer: SparseTrainer, log: MetricsLog) -> None:
+    def __init__(self, trainer: SparseTrainer, log: MetricsLog, flops: StepFlops, peak_tflops: float | None) -> None:
         self._trainer, self._log = trainer, log
+        self._flops, self._peak_tflops = flops, peak_tflops
         self._last_s = time.perf_counter()
-        self.num_tokens = 0
-        """Tokens of all ranks so far."""
+        self._num_tokens = self._num_pairs = 0
+        """Of all ranks so far."""
         self.train_wall_s = 0.0
         """Seconds spent in training steps and events so far; evaluation excluded."""
         self._last_heldout: tuple[int, float, dict[str, float]] | None = None
@@ -201,8 +210,9 @@ class WriteMetrics(TrainerCallback):
         elif "loss" in logs:
             now = time.perf_counter()
             elapsed_s, self._last_s = now - self._last_s, now
-            num_tokens = self._trainer.count_tokens()
-            self.num_tokens += num_tokens
+            num_tokens, num_pairs = self._trainer.count_work()
+            self._num_tokens += num_tokens
+            self._num_pairs += num_pairs
             self.train_wall_s += elapsed_s
             record: dict[str, Any] = {
                 "loss": logs["loss"],
@@ -210,10 +220,25 @@ class WriteMetrics(TrainerCallback):
                 "lr": logs.get("learning_rate"),
                 "epoch": logs.get("epoch"),
                 "num_tokens": num_tokens,
-                "tokens_per_second": num_tokens / elapsed_s,
+                **self._throughput(num_tokens, num_pairs, elapsed_s).to_record(),
                 **memory_gib(args.device),
             }
             self._log.write("step", {"step": state.global_step, **record})
+
+    def of_run(self) -> Throughput:
+        """Of all training steps and events so far."""
+        return self._throughput(self._num_tokens, self._num_pairs, self.train_wall_s)
+
+    def _throughput(self, num_tokens: int, num_pairs: int, wall_s: float) -> Throughput:
+        is_recomputed = self._trainer.args.activation_checkpointing
+        return throughput(
+            num_tokens=num_tokens,
+            model_flops=self._flops.of(num_tokens, num_pairs),
+            recomputed_flops=self._flops.recomputed(num_tokens, num_pairs) if is_recomputed else 0.0,
+            wall_s=wall_s,
+            num_ranks=self._trainer.args.world_size,
+            peak_tflops=self._peak_tflops,
+        )
 
     def heldout_at(self, step: int) -> tuple[float, dict[str, float]] | None:
         """(held-out loss, scores of a classification) if they were last measured after `step`."""
@@ -222,11 +247,18 @@ class WriteMetrics(TrainerCallback):
     def saved_state(self) -> dict[str, Any]:
         """For a checkpoint: what a resumed run goes on counting from."""
         last = None if self._last_heldout is None else list(self._last_heldout)
-        return {"num_tokens": self.num_tokens, "train_wall_s": self.train_wall_s, "last_heldout": last}
+        return {
+            "num_tokens": self._num_tokens,
+            "num_pairs": self._num_pairs,
+            "train_wall_s": self.train_wall_s,
+            "last_heldout": last,
+        }
 
     def restore_state(self, state: dict[str, Any]) -> None:
         """Take over what `saved_state` returned."""
-        self.num_tokens, self.train_wall_s = int(state["num_tokens"]), float(state["train_wall_s"])
+        self._num_tokens, self.train_wall_s = int(state["num_tokens"]), float(state["train_wall_s"])
+        # A checkpoint of a time before pairs were counted has none.
+        self._num_pairs = int(state.get("num_pairs", 0))
         if state["last_heldout"] is not None:
             step, loss, scores = state["last_heldout"]
             self._last_heldout = int(step), float(loss), {name: float(scores[name]) for name in scores}

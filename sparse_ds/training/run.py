@@ -13,9 +13,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
@@ -23,23 +21,20 @@ from transformers import PrinterCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from sparse_ds.adapter.adapter import AdapterConfig
-from sparse_ds.adapter.of_checkpoint import REPORT_KEY
 from sparse_ds.checkpoint.identity import check_identity
 from sparse_ds.checkpoint.reading import Checkpoint
 from sparse_ds.checkpoint.run_folder import find_checkpoint, remove_checkpoints_after
 from sparse_ds.config import RunConfig, UserError
 from sparse_ds.config.errors import STOPPED_EXIT_CODE, RunStoppedError
 from sparse_ds.config.methods import all_methods
-from sparse_ds.data import DataBundle, SamplePrompt
+from sparse_ds.data import DataBundle
 from sparse_ds.data.fingerprint import dataset_fingerprint
 from sparse_ds.data.named_templates import exported_template
-from sparse_ds.data.packing import PackedDataset
 from sparse_ds.distributed import process_group
 from sparse_ds.distributed.launch_environment import LaunchEnvironment
 from sparse_ds.distributed.watchdog import Watchdog
-from sparse_ds.distributed.zero3_partitions import MasterWeights, all_reduce_max_, full_size
+from sparse_ds.distributed.zero3_partitions import MasterWeights, full_size
 from sparse_ds.drop_grow.estimation import EstimationPhase
-from sparse_ds.drop_grow.event import EventRecord
 from sparse_ds.drop_grow.weight_states import WeightStates
 from sparse_ds.evaluation.questions import read_tasks
 from sparse_ds.evaluation.scoring import TaskScorer, longest_input
@@ -48,9 +43,9 @@ from sparse_ds.model.base_checkpoint import BaseCheckpoint
 from sparse_ds.model.build import read_architecture
 from sparse_ds.model.classification_head import Classification, find_label_word_ids
 from sparse_ds.model.find_base_model import find_base_model, require_same_base
+from sparse_ds.model.flops import count_flops
 from sparse_ds.model.kinds import check_task
 from sparse_ds.model.tokenizer import load_tokenizer
-from sparse_ds.monitor.memory import memory_gib
 from sparse_ds.monitor.metrics_log import MetricsLog, drop_records_after
 from sparse_ds.monitor.summary import RunSummary
 from sparse_ds.optim.sm3 import SparseSM3
@@ -68,17 +63,18 @@ from sparse_ds.training.callbacks import (
 from sparse_ds.training.checkpointing import PublishCheckpoints, RunCheckpoints
 from sparse_ds.training.early_stopping import EarlyStopping
 from sparse_ds.training.engine_state import EngineState
-from sparse_ds.training.evaluation import sample_answer
 from sparse_ds.training.exporting import export_and_report
 from sparse_ds.training.global_order import GlobalOrderSampler
 from sparse_ds.training.output_folder import OutputFolder
 from sparse_ds.training.run_data import read_run_data
 from sparse_ds.training.run_identity import check_same_run, run_identity
+from sparse_ds.training.run_report import RunReport, log_load, say_start
 from sparse_ds.training.saving import describe_adapter, save_deltas, save_dense_model
 from sparse_ds.training.setup import (
     EventSchedule,
     PreparedModel,
     bind_optimizer,
+    find_peak_tflops,
     make_drop_and_grow,
     make_estimation,
     make_optimizer,
@@ -143,13 +139,6 @@ def _share_cores(config: RunConfig) -> None:
     os.environ["OMP_NUM_THREADS"] = str(num_threads)
 
 
-@dataclass(frozen=True)
-class _Answers:
-    prompt: SamplePrompt | None = None
-    before: str | None = None
-    after: str | None = None
-
-
 class _Training:
     """The part of a run inside the process group."""
 
@@ -170,13 +159,8 @@ class _Training:
         patience = config.train.early_stopping_patience
         self.early_stopping = None if patience is None else EarlyStopping(patience, device)
         self.is_main = launch.rank == 0
-        self.index_hash: str | None = None
         self.adapter_config: AdapterConfig | None = None
-        self.answers = _Answers()
-        self.heldout_before: float | None = None
-        self.scores_before: dict[str, float] = {}
         self.tasks: ScoreTasks | None = None
-        self.tasks_before: dict[str, float] | None = None
         self.resumed: Checkpoint | None = None
         self.weight_states: WeightStates | None = None
         self.estimation: EstimationPhase | None = None
@@ -230,9 +214,11 @@ class _Training:
                     drop_records_after(self.output.metrics, step)
                     remove_checkpoints_after(self.output.path, step)
         self.log = MetricsLog(self.output.metrics, enabled=self.is_main)
-        self._log_load(checkpoint)
+        log_load(self.log, self.prepared, checkpoint.size_bytes, self.device)
         self.trainer = self._make_trainer(sampler)
-        self._say_start(plan)
+        self.report = self._make_report()
+        if self.is_main:
+            say_start(config, self.prepared, self.rows, plan, self.launch.world_size)
         self.trainer.train(resume_from_checkpoint=None if self.resumed is None else str(self.resumed.folder))
         self.checkpoints.finish()
         if self.stop.is_stopping:
@@ -242,7 +228,13 @@ class _Training:
                 "`--resume auto`",
                 STOPPED_EXIT_CODE,
             )
-        summary = self._summarize()
+        summary = self.report.summarize(
+            has_heldout=self.data.eval is not None,
+            adapter_dir=self.output.adapter if self.prepared.layers else None,
+            num_skipped_steps=self.skipped.num_skipped,
+        )
+        for line in self.checkpoints.describe():
+            logger.info("%s", line)
         self._save()
         self.log.close()
         return summary
@@ -254,29 +246,6 @@ class _Training:
             return None
         word_ids = None if words is None else find_label_word_ids(self.tokenizer, words, labels)
         return Classification(labels, self.data.collator.pad_token_id, word_ids)
-
-    def _log_load(self, checkpoint: BaseCheckpoint) -> None:
-        """Collectives: one gather of a small record."""
-        loaded = self.prepared.loaded
-        ranks = process_group.gather(
-            {"wall_s": loaded.wall_s, "bytes_read": loaded.bytes_read, **memory_gib(self.device)}
-        )
-        self.log.write(
-            "load",
-            {
-                "step": 0,
-                "tensors": loaded.num_tensors,
-                "bytes": checkpoint.size_bytes,
-                "ranks": [{"rank": index, **record} for index, record in enumerate(ranks)],
-            },
-        )
-        logger.info(
-            "base model loaded in %.1f s: %.2f GiB of %.2f GiB read by rank 0, peak memory %.2f GiB",
-            loaded.wall_s,
-            loaded.bytes_read / 2**30,
-            checkpoint.size_bytes / 2**30,
-            max(record["peak_memory_gib"] for record in ranks),
-        )
 
     def _make_trainer(self, sampler: GlobalOrderSampler) -> SparseTrainer:
         config = self.config
@@ -293,11 +262,13 @@ class _Training:
             self.tasks = ScoreTasks(
                 self.scorers, lambda: self.trainer, self.log, arguments.per_device_eval_batch_size, self.device
             )
+        flops = count_flops(self.prepared.model)
         trainer = SparseTrainer(
             make_optimizer=lambda parameters: make_optimizer(config, parameters),
             sampler=sampler,
             heldout=self.data.eval,
             collate_heldout=self.data.collator,
+            count_pairs=flops.count_pairs,
             on_save=self._save_checkpoint,
             on_restore_generators=lambda: self.progress.restore_generators(),
             model=self.prepared.model,
@@ -316,7 +287,7 @@ class _Training:
             compute_loss_func=None if self.prepared.classification is None else classification_loss,
         )
         trainer.remove_callback(PrinterCallback)
-        self.metrics = WriteMetrics(trainer, self.log)
+        self.metrics = WriteMetrics(trainer, self.log, flops, find_peak_tflops(config, self.device))
         trainer.add_callback(self.metrics)
         self.skipped = SkippedSteps(
             trainer,
@@ -330,6 +301,21 @@ class _Training:
         if config.monitor.progress_bar:
             trainer.add_callback(ProgressBar())
         return trainer
+
+    def _make_report(self) -> RunReport:
+        prompts = self.data.sample_prompts
+        return RunReport(
+            self.config,
+            self.prepared,
+            self.trainer,
+            self.metrics,
+            self.tasks,
+            self.log,
+            self.tokenizer,
+            prompts[0] if prompts else None,
+            self.adapter_config,
+            self.device,
+        )
 
     def _bind(self, total_steps: int) -> None:
         """Once the engine exists: the optimizer learns what lies where, events are set up, the start is measured."""
@@ -353,17 +339,10 @@ class _Training:
         )
         if self.config.checkpoint.background:
             self.trainer.add_callback(PublishCheckpoints(self.checkpoints))
-        prompt = self.data.sample_prompts[0] if self.data.sample_prompts else None
-        if self.resumed is not None:
-            self._go_on(self.resumed, prompt)
-            return
-        if self.data.eval is not None:
-            before = self.trainer.evaluate()
-            self.heldout_before = before["eval_loss"]
-            self.scores_before = (self.metrics.heldout_at(0) or (None, {}))[1]
-        self.tasks_before = self._task_accuracies()
-        if prompt is not None:
-            self.answers = _Answers(prompt, before=self._answer(prompt))
+        if self.resumed is None:
+            self.report.measure_before(has_heldout=self.data.eval is not None)
+        else:
+            self._go_on(self.resumed)
 
     def _bind_sparse(self, optimizer: SparseSM3 | SparseAdamW, total_steps: int) -> None:
         config, layers, master = self.config, self.prepared.matrices, self.master
@@ -387,7 +366,7 @@ class _Training:
             optimizer,
             self.trainer.deepspeed,
             self.trainer.release_gathered,
-            self._log_event,
+            self.report.note_event,
         )
         self.trainer.add_callback(events)
 
@@ -414,18 +393,11 @@ class _Training:
         logger.info("going on from %s (step %d)", checkpoint.folder, checkpoint.index.step)
         return checkpoint
 
-    def _go_on(self, checkpoint: Checkpoint, prompt: SamplePrompt | None) -> None:
-        report = self.checkpoints.restore(checkpoint)
+    def _go_on(self, checkpoint: Checkpoint) -> None:
+        state = self.checkpoints.restore(checkpoint)
         self.trainer.release_gathered()
         with process_group.agreement("restoring the report"):
-            try:
-                self.heldout_before, self.scores_before = report["heldout_before"], report["scores_before"]
-                self.index_hash = report["index_hash"]
-                self.tasks_before = report.get("tasks_before")
-                self._note_births(_births(report.get(REPORT_KEY)))
-                self.answers = _Answers(prompt, before=report["answer_before"])
-            except KeyError as error:
-                raise UserError(f"checkpoint {checkpoint.folder}: `run_state.report` has no {error}.") from error
+            self.report.restore(state, checkpoint.folder)
         if self.stop.evaluation_due and self.data.eval is not None:
             self.stop.evaluation_due = False
             self.trainer.evaluate()
@@ -438,116 +410,23 @@ class _Training:
 
     def _save_checkpoint(self) -> None:
         heldout = self.metrics.heldout_at(self.trainer.state.global_step)
-        self.checkpoints.save(self._report(), None if heldout is None else heldout[0])
-
-    def _report(self) -> dict[str, Any]:
-        """What a resumed run needs to report the whole run."""
-        return {
-            "heldout_before": self.heldout_before,
-            "scores_before": self.scores_before,
-            "answer_before": self.answers.before,
-            "index_hash": self.index_hash,
-            "tasks_before": self.tasks_before,
-            REPORT_KEY: None if self.adapter_config is None else self.adapter_config.model_dump(mode="json"),
-        }
-
-    def _note_births(self, birth_steps: dict[int, int] | None) -> None:
-        if self.adapter_config is not None:
-            self.adapter_config = self.adapter_config.model_copy(update={"birth_steps": birth_steps})
-
-    def _log_event(self, record: EventRecord) -> None:
-        self.index_hash = record.index_hash
-        self._note_births(record.birth_steps)
-        self.log.write(
-            "event",
-            {
-                "step": record.step,
-                "dropped": record.num_dropped,
-                "grown": record.num_grown,
-                "active": record.num_active,
-                "index_hash": record.index_hash,
-                "wall_s": record.wall_s,
-                "birth_steps": {str(birth): count for birth, count in record.birth_steps.items()},
-                "tensors": {
-                    name: {
-                        "replaced": tensor.num_replaced,
-                        "active": tensor.num_active,
-                        "rows": tensor.num_rows,
-                        "cols": tensor.num_cols,
-                    }
-                    for name, tensor in record.tensors.items()
-                },
-            },
-        )
-
-    def _task_accuracies(self) -> dict[str, float] | None:
-        """Task -> accuracy of the model as it is now; None without tasks."""
-        if self.tasks is None:
-            return None
-        step = self.trainer.state.global_step
-        if self.tasks.accuracies_at(step) is None:
-            self.tasks.score(step)
-        return self.tasks.accuracies_at(step)
-
-    def _answer(self, prompt: SamplePrompt) -> str:
-        answer = sample_answer(
-            self.trainer.model, self.tokenizer, prompt.input_ids, self.config.monitor.sample_max_tokens, self.device
-        )
-        self.trainer.release_gathered()
-        return answer
-
-    def _summarize(self) -> RunSummary:
-        heldout_after: float | None = None
-        scores_after: dict[str, float] = {}
-        if self.data.eval is not None:
-            step = self.trainer.state.global_step
-            if self.metrics.heldout_at(step) is None:
-                self.trainer.evaluate()
-            heldout_after, scores_after = self.metrics.heldout_at(step) or (None, {})
-        tasks_after = self._task_accuracies()
-        for line in self.checkpoints.describe():
-            logger.info("%s", line)
-        if self.answers.prompt is not None:
-            self.answers = replace(self.answers, after=self._answer(self.answers.prompt))
-        peak = torch.tensor([memory_gib(self.device)["peak_memory_gib"]], dtype=torch.float64)
-        all_reduce_max_(peak, self.device)
-        prompt = self.answers.prompt
-        return RunSummary(
-            heldout_loss_before=self.heldout_before,
-            heldout_loss_after=heldout_after,
-            num_trained_weights=self.prepared.num_trained_weights,
-            num_weights=self.prepared.num_weights,
-            num_steps=self.trainer.state.global_step,
-            wall_s=self.metrics.train_wall_s,
-            tokens_per_second=self.metrics.num_tokens / max(self.metrics.train_wall_s, 1e-9),
-            peak_memory_gib=float(peak),
-            index_hash=self.index_hash,
-            sample_prompt=prompt.text if prompt else None,
-            sample_answer_before=self.answers.before,
-            sample_answer_after=self.answers.after,
-            reference_answer=prompt.reference if prompt else None,
-            adapter_dir=str(self.output.adapter) if self.prepared.layers else None,
-            merged_dir=None,
-            heldout_scores_before=self.scores_before or None,
-            heldout_scores_after=scores_after or None,
-            num_skipped_steps=self.skipped.num_skipped,
-            tasks=None if self.tasks is None else self.tasks.summary(self.tasks_before, tasks_after or {}),
-        )
+        self.checkpoints.save(self.report.to_state(), None if heldout is None else heldout[0])
 
     def _save(self) -> None:
         if self.prepared.layers:
+            index_hash = self.report.index_hash
             stored = save_deltas(
-                self.adapter_config,
+                self.report.adapter_config,
                 self.prepared,
                 self.master,
                 self.output.adapter,
                 self.device,
                 index_encoding=self.config.export.index_encoding,
             )
-            if stored is not None and self.index_hash is not None and stored.index_hash != self.index_hash:
+            if stored is not None and index_hash is not None and stored.index_hash != index_hash:
                 raise RuntimeError(
                     f"the indices in {self.output.adapter} hash to {stored.index_hash}, but the last event left "
-                    f"{self.index_hash}: this is a defect, please report it"
+                    f"{index_hash}: this is a defect, please report it"
                 )
         elif self.config.export.merged:
             save_dense_model(
@@ -558,36 +437,3 @@ class _Training:
                 self.device,
                 tokenizer_folder=self.output.tokenizer_or(self.base_folder),
             )
-
-    def _say_start(self, plan: Any) -> None:
-        if not self.is_main:
-            return
-        config, prepared = self.config, self.prepared
-        share = prepared.num_trained_weights / prepared.num_weights
-        unit = "samples"
-        if isinstance(self.rows.dataset, PackedDataset):
-            unit = "packed rows"
-            logger.info("data.packing: %s", self.rows.dataset.describe())
-        logger.info(
-            "%s on %s: %s of %s weights train (%.2f %%), base %s %s; %d rank(s) x %d %s x %d micro batch(es) = %d "
-            "%s a step",
-            config.method.name,
-            config.model.name_or_path,
-            f"{prepared.num_trained_weights:,}",
-            f"{prepared.num_weights:,}",
-            100 * share,
-            config.model.quantization if prepared.layers else "none",
-            config.model.dtype,
-            self.launch.world_size,
-            plan.micro_batch_size,
-            unit,
-            plan.gradient_accumulation_steps,
-            plan.global_batch_size,
-            unit,
-        )
-
-
-def _births(adapter: dict[str, Any] | None) -> dict[int, int] | None:
-    """Of the adapter that a checkpoint describes; JSON has made text of the steps."""
-    births = (adapter or {}).get("birth_steps")
-    return None if births is None else {int(step): count for step, count in births.items()}

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import Parameter
 from transformers import PreTrainedModel, TrainingArguments
 
@@ -34,8 +34,13 @@ from sparse_ds.model.build import (
     plan_vector_layouts,
 )
 from sparse_ds.model.classification_head import Classification, initial_head, install_head
+from sparse_ds.model.compiled_pieces import compiled_pieces
+from sparse_ds.model.kinds import KINDS
+from sparse_ds.model.liger_pieces import liger_pieces
 from sparse_ds.model.loading import LoadReport, load_base, planned_bytes
+from sparse_ds.model.pieces import Pieces, install_pieces
 from sparse_ds.model.targets import find_blocks
+from sparse_ds.monitor.peak_tflops import known_peak_tflops
 from sparse_ds.monitor.progress import ProgressBytes
 from sparse_ds.optim.flat_segment import FlatSegment
 from sparse_ds.optim.sm3 import SparseSM3
@@ -128,6 +133,8 @@ def prepare_model(
     path_choice = AUTO
     with agreement("building the model"):
         model = empty_model(checkpoint, base, classification)
+        if config.model.liger_kernels or config.train.compile:
+            install_pieces(model, find_pieces(config, model, device))
         num_weights = sum(parameter.numel() for parameter in model.parameters())
         trains_all, num_head_weights = all_methods()[config.method.name].trains_all, 0
         if classification is not None:
@@ -158,25 +165,26 @@ def prepare_model(
             layer.path_choice = path_choice
     num_sparse = sum(layer.num_active for layer in layers.values())
     num_trained = num_sparse + num_head_weights if layouts else num_weights
-    gathered_block = _gather_blocks(config, model) if layouts else None
+    gathered_block = None
+    if layouts and gathers_blocks(config, world_size(), _largest_block(model)):
+        gathered_block = gather_blocks(model)
     return PreparedModel(model, layers, num_trained, num_weights, loaded, classification, gathered_block)
 
 
-def _gather_blocks(config: RunConfig, model: PreTrainedModel) -> BlockSizes | None:
+def gather_blocks(model: nn.Module) -> BlockSizes:
+    """Have the tensors of each transformer block gathered together; before the engine is made. The largest block."""
     blocks = [model.get_submodule(name) for name in find_blocks(model)]
-    sizes = [
-        BlockSizes(
-            sum(full_size(each) for each in block.parameters()),
-            sum(full_size(each) for each in block.parameters() if each.requires_grad),
-        )
-        for block in blocks
-    ]
-    largest = BlockSizes(max(size.num_elements for size in sizes), max(size.num_trained for size in sizes))
-    if not gathers_blocks(config, world_size(), largest):
-        return None
     for block in blocks:
         gather_as_one(block)
-    return largest
+    return _largest_block(model)
+
+
+def _largest_block(model: nn.Module) -> BlockSizes:
+    blocks = [list(model.get_submodule(name).parameters()) for name in find_blocks(model)]
+    return BlockSizes(
+        num_elements=max(sum(full_size(each) for each in block) for block in blocks),
+        num_trained=max(sum(full_size(each) for each in block if each.requires_grad) for block in blocks),
+    )
 
 
 def choose_path(config: RunConfig, layouts: Mapping[str, SparseLayout]) -> PathChoice:
@@ -197,6 +205,25 @@ def choose_path(config: RunConfig, layouts: Mapping[str, SparseLayout]) -> PathC
         )
     by_shape = {(int(shape.split("x")[0]), int(shape.split("x")[1])): value for shape, value in crossover.items()}
     return PathChoice(config.train.values_gradient, crossover_of=by_shape)
+
+
+def find_pieces(config: RunConfig, model: PreTrainedModel, device: torch.device) -> Pieces:
+    """What the run computes with between the linear layers, where it is not transformers' own.
+
+    Raises:
+        UserError: it cannot be had for this architecture, on this device or in this installation.
+    """
+    field = "model.liger_kernels" if config.model.liger_kernels else "train.compile"
+    if KINDS[model.config.model_type].is_encoder:
+        raise UserError(
+            f"{field}: got true, but {model.config.model_type} models have other norms and activations than those that "
+            "are replaced. Set it to false."
+        )
+    if not config.model.liger_kernels:
+        return compiled_pieces(device)
+    if device.type != "cuda":
+        raise UserError(f"{field}: got true, but these kernels need a GPU, and there is none here. Set it to false.")
+    return liger_pieces()
 
 
 def make_optimizer(config: RunConfig, parameters: list[Parameter]) -> torch.optim.Optimizer:
@@ -258,6 +285,13 @@ def make_training_arguments(
         dataloader_pin_memory=device.type == "cuda",
         average_tokens_across_devices=True,
     )
+
+
+def find_peak_tflops(config: RunConfig, device: torch.device) -> float | None:
+    """Of one rank's device: as the run says, or as its data sheet does; None where neither is known."""
+    if config.monitor.peak_tflops is not None or device.type != "cuda":
+        return config.monitor.peak_tflops
+    return known_peak_tflops(torch.cuda.get_device_name(device), config.model.dtype)
 
 
 def bind_optimizer(

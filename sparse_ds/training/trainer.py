@@ -51,6 +51,7 @@ class SparseTrainer(Trainer):
         sampler: order of the training samples.
         heldout: tokenized held-out data, or None.
         collate_heldout: makes its micro batches; None: as those of the training data.
+        count_pairs: lengths of samples -> queries with the keys that they see (`model.flops.StepFlops.count_pairs`).
         on_save: saves a checkpoint; called on every rank when Trainer wants one.
         on_restore_generators: in a run that goes on, called when the random generators have to be set back.
         **kwargs: as for `transformers.Trainer`.
@@ -64,6 +65,7 @@ class SparseTrainer(Trainer):
         heldout: Any | None,
         on_save: OnSave,
         collate_heldout: Callable[[list[dict[str, Any]]], dict[str, Tensor]] | None = None,
+        count_pairs: Callable[[Tensor], Tensor] = lambda lengths: lengths.new_zeros(()),
         on_restore_generators: OnSave = lambda: None,
         **kwargs: Any,
     ) -> None:
@@ -72,8 +74,10 @@ class SparseTrainer(Trainer):
         self._make_optimizer = make_optimizer
         self._sampler = sampler
         self._heldout, self._collate_heldout = heldout, collate_heldout or self.data_collator
-        self._num_tokens = 0
-        """Tokens that this rank has seen since the last call of `count_tokens`, padding excluded."""
+        self._count_pairs = count_pairs
+        self._work = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        """(tokens, pairs) that this rank has seen since the last call of `count_work`, padding excluded. On the device:
+        a count on the host would make it wait in every micro batch."""
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
@@ -103,9 +107,11 @@ class SparseTrainer(Trainer):
         self._on_save()
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        # Packed rows count theirs themselves: they have no attention mask.
-        num_tokens = inputs.pop("num_tokens", None)
-        self._num_tokens += int(inputs["attention_mask"].sum()) if num_tokens is None else int(num_tokens)
+        # Packed rows say it themselves: they have no attention mask.
+        lengths = inputs.pop("sample_lengths", None)
+        lengths = inputs["attention_mask"].sum(-1) if lengths is None else lengths
+        counted = torch.stack([lengths.sum().double(), self._count_pairs(lengths).double()])
+        self._work += counted.to(self._work.device)
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         return loss
 
@@ -126,28 +132,29 @@ class SparseTrainer(Trainer):
         return loss_sum
 
     @property
-    def num_uncounted_tokens(self) -> int:
-        """Of this rank, since the last call of `count_tokens`."""
-        return self._num_tokens
+    def uncounted_work(self) -> Tensor:
+        """(tokens, pairs) of this rank since the last call of `count_work`: fp64 [2]."""
+        return self._work
 
     @property
     def last_logged_step(self) -> int:
         """Step of the last log line."""
         return int(self._globalstep_last_logged)
 
-    def set_sums(self, loss_sum: float, num_tokens: int, last_logged_step: int) -> None:
+    def set_sums(self, loss_sum: float, work: Tensor, last_logged_step: int) -> None:
         """Go on with these sums of this rank; after `train` has begun."""
         self._tr_loss.fill_(loss_sum)
-        self._num_tokens, self._globalstep_last_logged = num_tokens, last_logged_step
+        self._work.copy_(work)
+        self._globalstep_last_logged = last_logged_step
 
-    def count_tokens(self) -> int:
-        """Tokens that all ranks have seen since the last call.
+    def count_work(self) -> tuple[int, int]:
+        """Tokens that all ranks have seen since the last call, and queries with the keys that they see.
 
         Collectives: one all-reduce; every rank must call it.
         """
-        (total,) = all_reduce_sum([self._num_tokens], self.args.device)
-        self._num_tokens = 0
-        return int(total)
+        num_tokens, num_pairs = all_reduce_sum(self._work.tolist(), self.args.device)
+        self._work.zero_()
+        return int(num_tokens), int(num_pairs)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 ROW_PREFIX = "ranks/"
 """Of tensors with one row per rank; no module's name has a slash."""
-LOSS_SUM, NUM_TOKENS = f"{ROW_PREFIX}loss_sum", f"{ROW_PREFIX}num_tokens"
+LOSS_SUM, NUM_TOKENS, NUM_PAIRS = (f"{ROW_PREFIX}{name}" for name in ("loss_sum", "num_tokens", "num_pairs"))
 MOST_TOKENS = 2**48
 
 
@@ -101,7 +101,7 @@ class TrainerProgress:
         """What belongs to this data-parallel position: one row of each tensor."""
         rows = {ROW_PREFIX + name: state for name, state in read_generators(self._device).items()}
         rows[LOSS_SUM] = self._trainer.loss_sum.detach().float().view(1).cpu()
-        rows[NUM_TOKENS] = torch.tensor([self._trainer.num_uncounted_tokens])
+        rows[NUM_TOKENS], rows[NUM_PAIRS] = self._trainer.uncounted_work.cpu().long().view(2, 1)
         return [SavedSlice.of_row(name, row) for name, row in rows.items()]
 
     def state_text(self) -> str:
@@ -146,19 +146,24 @@ class TrainerProgress:
             )
 
     def _restore_sums(self, checkpoint: Checkpoint, last_logged_step: int) -> set[str]:
-        """Loss (a mean over ranks) and tokens (a sum over ranks) since the last log line."""
+        """Loss (a mean over ranks), tokens and pairs (sums over ranks) since the last log line."""
         saved_ranks, rank = checkpoint.index.num_state_files, process_group.rank()
         check_entry(checkpoint, LOSS_SUM, torch.float32, saved_ranks)
-        check_entry(checkpoint, NUM_TOKENS, torch.int64, saved_ranks)
-        losses, tokens = checkpoint.read(LOSS_SUM), checkpoint.read(NUM_TOKENS)
-        problem = find_problem(tokens, limit=MOST_TOKENS)
-        if problem:
-            raise UserError(f"checkpoint {checkpoint.folder}: tensor {NUM_TOKENS!r} {problem}. Use another checkpoint.")
+        losses = checkpoint.read(LOSS_SUM)
+        # A checkpoint of a time before pairs were counted has none.
+        counted = [name for name in (NUM_TOKENS, NUM_PAIRS) if name == NUM_TOKENS or name in checkpoint.names]
+        work = torch.zeros(2, saved_ranks, dtype=torch.int64)
+        for row, name in zip(work, counted, strict=False):
+            check_entry(checkpoint, name, torch.int64, saved_ranks)
+            row.copy_(checkpoint.read(name))
+            problem = find_problem(row, limit=MOST_TOKENS)
+            if problem:
+                raise UserError(f"checkpoint {checkpoint.folder}: tensor {name!r} {problem}. Use another checkpoint.")
         if saved_ranks == process_group.world_size():
-            self._trainer.set_sums(float(losses[rank]), int(tokens[rank]), last_logged_step)
+            self._trainer.set_sums(float(losses[rank]), work[:, rank], last_logged_step)
         else:
-            self._trainer.set_sums(float(losses.mean()), int(tokens.sum()) if rank == 0 else 0, last_logged_step)
-        return {LOSS_SUM, NUM_TOKENS}
+            self._trainer.set_sums(float(losses.mean()), work.sum(1) * (rank == 0), last_logged_step)
+        return {LOSS_SUM, *counted}
 
     def _read_generators(self, checkpoint: Checkpoint) -> set[str]:
         num_ranks, rank = process_group.world_size(), process_group.rank()

@@ -8,6 +8,7 @@ from typing import Any
 import deepspeed
 import pytest
 import torch
+from communication_run import Ledger
 from ranks import run_ranks
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -89,6 +90,15 @@ def check_contract() -> None:
     # All dtypes and sizes at once, as DeepSpeed gathers a layer.
     with deepspeed.zero.GatheredParameters([parameter for parameter, _ in made]):
         assert all(torch.equal(parameter.data, full) for parameter, full in made)
+    assert all(parameter.data.numel() == 0 for parameter, _ in made)
+    # The same as one message, as a submodule's fetch asks for it, in an order that is not the ranks' own.
+    everything = [parameter for parameter, _ in reversed(made)]
+    with Ledger() as ledger:
+        handle = everything[0].all_gather_coalesced(everything)
+    assert len(ledger.entries) == (world_size() > 1), ledger.entries
+    handle.wait()
+    assert all(parameter.dtype == full.dtype and torch.equal(parameter.data, full) for parameter, full in made)
+    everything[0].partition(everything)
     assert all(parameter.data.numel() == 0 for parameter, _ in made)
     parameters = [parameter for parameter, _ in made]
     gathered = gather_partitions(parameters, [local_partition(p) for p in parameters], torch.device("cpu"))

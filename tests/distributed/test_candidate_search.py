@@ -12,8 +12,8 @@ from ranks import run_ranks
 from torch import Tensor
 
 from sparse_ds.distributed.born_partitioned import PartitionedParameters
-from sparse_ds.distributed.gradient_tiles import gather_slices
 from sparse_ds.distributed.process_group import rank, world_size
+from sparse_ds.distributed.zero3_partitions import gather_partitions
 from sparse_ds.drop_grow import estimation
 from sparse_ds.drop_grow.candidate_search import Tiling, choose, common_row_bytes, search_tiles
 from sparse_ds.kernels.product_operands import ProductOperands
@@ -50,7 +50,8 @@ def find() -> list[list[float]]:
         for each, candidates in zip((layer, other), choose(searches), strict=True)
         for part in (candidates.indices, candidates.gradient)
     ]
-    return [gather_slices(values, part).tolist() for values, part in found]
+    gathered = gather_partitions(*zip(*found, strict=True), torch.device("cpu"))
+    return [whole.tolist() for whole in gathered]
 
 
 def test_ranks_with_different_numbers_of_tokens() -> None:

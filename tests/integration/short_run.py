@@ -36,6 +36,7 @@ RUN_ARGUMENTS = (
             "checkpoint.keep=5",
             "export.merged=false",
             "monitor.progress_bar=false",
+            "monitor.peak_tflops=0.05",
             "monitor.num_sample_prompts=0",
         ]
     ),

@@ -53,6 +53,18 @@ def test_the_run_itself(checkpointed_run: FinishedRun) -> None:
     assert checkpoints == {f"checkpoint-{step}" for step in (6, 8, 10, 12, 14)}
 
 
+def test_its_speed_is_a_share_of_the_peak(checkpointed_run: FinishedRun) -> None:
+    """Two ranks; forward and input gradient of the linear layers take 4 operations a weight and token."""
+    steps = read_metrics(checkpointed_run.folder / "metrics.jsonl", "step")
+    for record in [*steps, checkpointed_run.summary]:
+        assert record["mfu"] == record["hfu"] == pytest.approx(record["tflops_per_rank"] / 0.05)
+        flops_per_token = 2e12 * record["tflops_per_rank"] / record["tokens_per_second"]
+        assert 3.6 < flops_per_token / checkpointed_run.summary["num_weights"] < 4.8
+    total = sum(record["num_tokens"] for record in steps)
+    summary = checkpointed_run.summary
+    assert summary["tokens_per_second"] * summary["wall_s"] == pytest.approx(total)
+
+
 def test_a_new_folder_from_the_middle_of_an_epoch(work: Path, checkpointed_run: FinishedRun) -> None:
     before = {path.name for path in (work / "run").iterdir()}
     resumed, ranks = go_on(work, "run/checkpoint-8", "train.output_dir=resumed")

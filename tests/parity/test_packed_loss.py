@@ -91,7 +91,7 @@ def losses_alone(model: Any, sample: dict[str, list[int]]) -> Tensor:
 
 def losses_packed(model: Any, batch: dict[str, Any]) -> Tensor:
     """The same of every trained token of a collated micro batch, row after row."""
-    batch = {name: value for name, value in batch.items() if name != "num_tokens"}
+    batch = {name: value for name, value in batch.items() if name != "sample_lengths"}
     labels_BT = batch.pop("labels")[:, 1:]
     logits_BTV = model(**batch).logits[:, :-1]
     losses_BT = F.cross_entropy(logits_BTV.transpose(1, 2), labels_BT, reduction="none")

@@ -8,7 +8,7 @@ Importing this package needs no triton: call `available(tensor)` first; the func
     put_deltas_, put_back_    index_select, add, index_copy_                     two passes, int64 copies of the indices
     dequantize_with_deltas    bitsandbytes' dequantize_4bit, then put_deltas_    a pass over the merged entries
 
-All of them are deterministic, accumulate in fp32, start no host synchronization and allocate only what they return.
+All of them are deterministic, accumulate in fp32 and start no host synchronization.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ def sampled_gradient(grad_output_TO: Tensor, input_IT: Tensor, indices_K: Tensor
 
     Args:
         grad_output_TO: [T, O] contiguous; bf16, fp16 or fp32.
-        input_IT: [I, T] contiguous, the transposed input, same dtype.
+        input_IT: [I, T] contiguous, the transposed input, same dtype. Where T is no multiple of 16 a copy of it is made
+            that is wider; one that comes with zeros behind its T columns, up to a multiple of 16, is taken as it is.
         indices_K: [K] flat row-major positions of [O, I], ascending, int32 or int64. Repeated ones are allowed.
 
     Returns:

@@ -26,6 +26,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -34,6 +35,8 @@ from sparse_ds.kernels.triton_kernels.rounding import INTERPRETED
 
 FEW_PROGRAMS = 256
 """Below this tokens are split: about two programs for each multiprocessor of an A100 (108) or H200 (132)."""
+ALIGNED_TOKENS = 16
+"""What the rows of a transposed input are filled up to: triton looks for multiples of 16."""
 NO_ROW = tl.constexpr(2**31 - 1)
 
 
@@ -44,6 +47,7 @@ def gradient_kernel(
     positions,
     gradient,
     num_tokens,
+    num_input_tokens,
     tokens_per_split,
     num_rows,
     num_blocks,
@@ -72,6 +76,7 @@ def gradient_kernel(
     w = tl.arange(0, WINDOW)
     begin = tl.program_id(1) * tokens_per_split
     end = tl.minimum(begin + tokens_per_split, num_tokens)
+    input_end = tl.minimum(begin + tokens_per_split, num_input_tokens)
     input_begin = input + begin.to(tl.int64) * input_token_stride
     input_pointers = input_begin + col[:, None] * input_col_stride + t[None, :] * input_token_stride
     grad_output_begin = grad_output + begin.to(tl.int64) * grad_output_stride
@@ -86,9 +91,8 @@ def gradient_kernel(
         dy_pointers = grad_output_begin + t[:, None].to(tl.int64) * grad_output_stride + weight_row[None, :]
         product = tl.zeros((GROUP * BLOCK_COLS, WINDOW), dtype=tl.float32)
         for first in range(begin, end, TOKENS):
-            left = end - first
-            x = tl.load(x_pointers, mask=here[:, None] & (t[None, :] < left), other=0.0)
-            dy = tl.load(dy_pointers, mask=in_matrix[None, :] & (t[:, None] < left), other=0.0)
+            x = tl.load(x_pointers, mask=here[:, None] & (t[None, :] < input_end - first), other=0.0)
+            dy = tl.load(dy_pointers, mask=in_matrix[None, :] & (t[:, None] < end - first), other=0.0)
             if INTERPRETED:  # its product of bf16 matrices is wrong
                 x = x.to(tl.float32)
                 dy = dy.to(tl.float32)
@@ -150,9 +154,9 @@ def tiling(num_blocks: int, num_rows: int, block_rows: int, block_cols: int, dty
 
 
 def _gradient(grad_output_TO: Tensor, input_TI: Tensor, positions_U: Tensor, block: tuple[int, int]) -> Tensor:
-    """[U * block_rows * block_cols]; `input_TI` may have any strides."""
+    """[U * block_rows * block_cols]; `input_TI` may have any strides, and zeros behind its T tokens."""
     (num_tokens, num_rows), num_cols = grad_output_TO.shape, input_TI.shape[1]
-    assert input_TI.shape[0] == num_tokens and input_TI.dtype == grad_output_TO.dtype
+    assert input_TI.shape[0] >= num_tokens and input_TI.dtype == grad_output_TO.dtype
     assert grad_output_TO.stride(1) == 1 or num_rows == 1
     block_rows, block_cols = block
     num_blocks = positions_U.numel()
@@ -172,6 +176,7 @@ def _gradient(grad_output_TO: Tensor, input_TI: Tensor, positions_U: Tensor, blo
         positions_U,
         gradient_SK,
         num_tokens,
+        input_TI.shape[0],
         tokens_per_split,
         num_rows,
         num_blocks,
@@ -195,6 +200,10 @@ def _gradient(grad_output_TO: Tensor, input_TI: Tensor, positions_U: Tensor, blo
 
 def sampled_gradient(grad_output_TO: Tensor, input_IT: Tensor, indices_K: Tensor) -> Tensor:
     """See `kernels.triton_kernels.sampled_gradient`."""
+    # Rows of any other length are no whole number of 16-byte copies: each element would be a load of its own.
+    missing = -input_IT.shape[1] % ALIGNED_TOKENS
+    if missing:
+        input_IT = F.pad(input_IT, (0, missing))
     return _gradient(grad_output_TO, input_IT.t(), indices_K, (1, 1))
 
 

@@ -44,14 +44,14 @@ ROWS = [
 
 def test_golden_packed_rows() -> None:
     batch = PackedCollator(pad_token_id=0)(ROWS)
-    assert batch.keys() == {"input_ids", "position_ids", "labels", "num_tokens"}, "a mask would hide the packing"
+    assert batch.keys() == {"input_ids", "position_ids", "labels", "sample_lengths"}, "a mask would hide the packing"
     assert batch["input_ids"].tolist() == [[7, 8, EOS, 4, EOS, 0, 0, 0], [5, 6, 9, 9, 9, EOS, 0, 0]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 0, 1, 2], [0, 1, 2, 3, 4, 5, 0, 1]]
     assert batch["labels"].tolist() == [
         [-100, 8, EOS, -100, EOS, -100, -100, -100],
         [-100, -100, 9, 9, 9, EOS, -100, -100],
     ]
-    assert batch["num_tokens"] == 11
+    assert batch["sample_lengths"].tolist() == [3, 2, 6]
 
 
 def test_golden_joined_rows() -> None:
@@ -62,4 +62,4 @@ def test_golden_joined_rows() -> None:
     assert batch["cu_seq_lens_q"].tolist() == batch["cu_seq_lens_k"].tolist() == [0, 3, 5, 11]
     assert batch["max_length_q"] == batch["max_length_k"] == 6
     assert batch["cu_seq_lens_q"].dtype == torch.int32 and batch["input_ids"].dtype == torch.int64
-    assert batch["num_tokens"] == 11 and "attention_mask" not in batch
+    assert batch["sample_lengths"].tolist() == [3, 2, 6] and "attention_mask" not in batch

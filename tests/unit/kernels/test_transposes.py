@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sparse_ds.kernels import transposes
-from sparse_ds.kernels.compiled import CompiledUpdate
+from sparse_ds.kernels.compilation import CompiledUpdate
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")

@@ -46,6 +46,7 @@ def check_gradient(compiled: Compiled, capability: int, dtype: torch.dtype) -> N
     [
         (torch.bfloat16, 2048, 4096, 4096, 16777),
         (torch.bfloat16, 8192, 11008, 4096, 270000),
+        (torch.bfloat16, 517, 4096, 4096, 16777),  # a number of tokens that no tile divides
         (torch.float16, 2048, 1024, 4096, 4194),
         (torch.float32, 2048, 4096, 4096, 16777),
         (torch.float32, 2048, 4096, 4096, 200000),
@@ -126,3 +127,31 @@ def test_nf4_with_deltas(monkeypatch: pytest.MonkeyPatch, capability: int, doubl
     wide, barrier, narrow = (compiled.ptx.rindex(x) for x in ("st.global.v4.b32", "bar.sync", "st.global.b16"))
     assert wide < barrier < narrow
     assert "fma.rn.f32" not in compiled.ptx, "the product and the sum are to be rounded one by one"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sizes_of_one(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    """triton makes constants of arguments that are 1; and 64-bit indices."""
+    launchers = {}
+    for module, name in [
+        (block_gradient, "gradient_kernel"),
+        (put_deltas, "put_kernel"),
+        (put_deltas, "put_back_kernel"),
+        (dequantize, "dequantize_kernel"),
+    ]:
+        launchers[name] = CompilingLauncher(getattr(module, name), 90)
+        monkeypatch.setattr(module, name, launchers[name])
+    one, index = torch.zeros(1, 1, dtype=dtype), torch.zeros(1, dtype=torch.int64)
+    block_gradient.sampled_gradient(one, one, index)
+    block_gradient.sampled_gradient(torch.zeros(5, 1, dtype=dtype), torch.zeros(3, 5, dtype=dtype), index)
+    block_gradient.block_values_gradient(torch.zeros(1, 2, dtype=dtype), torch.zeros(1, 8, dtype=dtype), index, 2, 8)
+    saved = put_deltas.put_deltas_(one, index, torch.zeros(1), 1, 1)
+    put_deltas.put_back_(one, index, saved, 1, 1)
+    for double_quantization in (False, True):
+        stored = quantize_nf4(one, double_quantization=double_quantization)
+        tensors = stored.packed, stored.absmax, stored.nested_statistics
+        for count in (0, 1):
+            dequantize.dequantize_with_deltas(
+                *tensors, index[:count], torch.zeros(count), shape=(1, 1), dtype=dtype, begins=None
+            )
+    assert [len(launcher.compiled) for launcher in launchers.values()] == [3, 1, 1, 4]

@@ -137,6 +137,14 @@ def test_operands_may_be_slices_of_wider_ones() -> None:
     assert_close(triton_kernels.sampled_gradient(grad_output, input_IT, indices), expected)
 
 
+def test_the_transposed_input_may_come_with_zeros_behind() -> None:
+    grad_output, input = normal(21, 40, seed=2), normal(21, 30, seed=3)
+    indices = drawn(1200, 100)
+    wider = torch.nn.functional.pad(input.t(), (0, 11))
+    result = triton_kernels.sampled_gradient(grad_output, wider, indices)
+    assert torch.equal(result, sampled(grad_output, input, indices))
+
+
 # ---- gradient of blocks
 
 

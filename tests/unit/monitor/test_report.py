@@ -47,6 +47,13 @@ def test_skipped_steps_are_in_the_table() -> None:
     assert "150 steps (3 skipped) in 1 min 23 s, " in run_table(replace(SUMMARY, num_skipped_steps=3))
 
 
+def test_utilization_is_in_the_table() -> None:
+    used = replace(SUMMARY, tflops_per_rank=120.0, mfu=0.3846, hfu=0.3846)
+    assert "3,692 tokens/s, 38.5% of peak, peak 1.23 GiB" in run_table(used)
+    table = run_table(replace(used, hfu=0.5))
+    assert "3,692 tokens/s, 38.5% of peak (50.0% with recomputation), peak" in " ".join(table.split())
+
+
 def test_run_table() -> None:
     table = run_table(SUMMARY)
     assert table == "\n".join(

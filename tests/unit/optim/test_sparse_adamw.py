@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparse_ds.kernels.compiled import CompiledUpdate
+from sparse_ds.kernels.compilation import CompiledUpdate
 from sparse_ds.optim import adamw_update, moment_rounding, sparse_adamw
 from sparse_ds.optim.adamw_update import age_bias_corrections
 from sparse_ds.optim.sparse_adamw import Moments, SparseAdamW
