@@ -39,11 +39,15 @@ CASES: dict[str, dict[str, Any]] = {
         "redistribution_factor": 1.75,
     },
     "sft_ma": {"name": "sft_ma", **EVENTS},
+    "sft_ag, blocks": {"name": "sft_ag", **EVENTS, "drop_schedule": "constant", "block_size": [2, 4]},
+    "sft_ma, blocks": {"name": "sft_ma", **EVENTS, "drop_schedule": "constant", "block_size": [1, 4]},
 }
 BYTES_PER_WEIGHT = {
     "sft_ag": (20, 12),
     "sft_ag, step, change, redistribution": (24, 12),
     "sft_ma": (12, 0),
+    "sft_ag, blocks": (16 + 4 / 8, 8 + 4 / 8),
+    "sft_ma, blocks": (8 + 4 / 4, 0),
 }
 """Of indices, values and state; and of an estimation phase."""
 
