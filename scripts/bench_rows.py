@@ -4,6 +4,7 @@ A `Row` makes one optimizer step at a time: forward, backward, optimizer. Withou
 
 floor         forward and input gradient of the frozen model, nothing else: what no method can do without
 sparta, ...   the project's layers, optimizers, estimation phases and events (`whole_parameters`)
+..._compiled  the same with `train.compile`
 lora, ...     peft, with as many trained weights as K allows, and torch's fused AdamW
 full          weights, gradients and moments in the dtype of the base: the cheapest that full fine-tuning can be
 """
@@ -21,6 +22,7 @@ from bench_base import TARGETS, FrozenBase, move_buffers
 from peft import LoraConfig, ShiraConfig, SupertuningConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn import Parameter
+from transformers.models.llama import modeling_llama
 from whole_parameters import FlatValues, WholeParameters, put_base
 
 from sparse_ds.config.schema import RunConfig
@@ -32,6 +34,7 @@ from sparse_ds.drop_grow.event import DropAndGrow, Seeds
 from sparse_ds.drop_grow.weight_states import WeightStates
 from sparse_ds.model.base_tensors import BaseSettings
 from sparse_ds.model.build import BaseParameters, build_sparse_model, plan_layouts
+from sparse_ds.model.pieces import install_pieces
 from sparse_ds.optim.sm3 import SparseSM3
 from sparse_ds.optim.sparse_adamw import SparseAdamW
 from sparse_ds.sparse.sparse_linear import SparseLinear
@@ -39,6 +42,7 @@ from sparse_ds.training.setup import (
     EventSchedule,
     bind_optimizer,
     choose_path,
+    find_pieces,
     make_drop_and_grow,
     make_estimation,
     make_optimizer,
@@ -48,7 +52,7 @@ from sparse_ds.training.setup import (
 LEARNING_RATE = 1e-5
 TOTAL_STEPS = 10**6
 """Of the run whose events are made: long, so that the share of weights that they replace has not fallen yet."""
-OURS = ("sparta", "sft_ag", "sft_ma")
+OURS = ("sparta", "sft_ag", "sft_ma", "sparta_compiled")
 PEFT = ("lora_0", "lora_0.1", "dora", "shira", "supertuning")
 ROWS = ("floor", *OURS, *PEFT, "full")
 NOT_IN_NF4 = {"shira": "peft has none over 4 bits", "supertuning": "peft has none over 4 bits", "full": "not frozen"}
@@ -131,13 +135,17 @@ class Sparse(Row):
     optimizer: SparseSM3 | SparseAdamW
     estimation: EstimationPhase | None
     drop_and_grow: DropAndGrow | None
+    rotary: Callable[..., Any] | None
 
     def build(
         self, name: str, base: FrozenBase, density: float, *, checkpointing: bool, settings: dict[str, Any]
     ) -> BaseParameters:
         """Make the model, with parameters of `make_parameters`; returns those of the base, which are to be filled."""
         model = base.empty_model(checkpointing=checkpointing)
-        self.config = run_config(name, base, density, settings)
+        if name.endswith("_compiled"):
+            settings = {**settings, "train.compile": True}
+        self.config = run_config(name.removesuffix("_compiled"), base, density, settings)
+        self.rotary = install_own_pieces(self.config, model, base.device)
         sparse = sparse_settings(self.config)
         layouts = plan_layouts(model, sparse, world_size())
         made = build_sparse_model(model, layouts, base_settings(base), sparse, self.make_parameters())
@@ -152,13 +160,22 @@ class Sparse(Row):
     def make_parameters(self) -> PartitionedParameters:
         raise NotImplementedError
 
+    def step(self, batch: Batch) -> Tensor:
+        if self.rotary is None:
+            return super().step(batch)
+        theirs, modeling_llama.apply_rotary_pos_emb = modeling_llama.apply_rotary_pos_emb, self.rotary
+        try:
+            return super().step(batch)
+        finally:
+            modeling_llama.apply_rotary_pos_emb = theirs
+
     def bind(self, optimizer: torch.optim.Optimizer, master: MasterWeights, device: torch.device) -> None:
         """Once the optimizer and the master weights are there."""
         assert isinstance(optimizer, SparseSM3 | SparseAdamW)
         self.optimizer, self.num_events = optimizer, 0
         bind_optimizer(optimizer, self.layers, master)
         self.estimation, self.drop_and_grow = make_estimation(self.config, self.layers, device), None
-        if self.name != "sparta":
+        if self.config.method.name != "sparta":
             states = WeightStates(optimizer, master.flats, keeps_event_values=False)
             self.drop_and_grow = make_drop_and_grow(
                 self.config, optimizer, self.layers, master, states, self.estimation, device
@@ -191,6 +208,21 @@ class Sparse(Row):
         if self.drop_and_grow is not None:
             found[EVENT] = self.event
         return found
+
+
+def install_own_pieces(config: RunConfig, model: Any, device: torch.device) -> Callable[..., Any] | None:
+    """What a run with `train.compile` or `model.liger_kernels` computes with between the linear layers.
+
+    Returns:
+        The rotary embedding. It is a function of transformers' module, which all rows share: put it there for the time
+        of a step. None: the run has no such option.
+    """
+    if not (config.train.compile or config.model.liger_kernels):
+        return None
+    theirs = modeling_llama.apply_rotary_pos_emb
+    install_pieces(model, find_pieces(config, model, device))
+    rotary, modeling_llama.apply_rotary_pos_emb = modeling_llama.apply_rotary_pos_emb, theirs
+    return rotary
 
 
 class WholeSparse(Sparse):
