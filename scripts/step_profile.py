@@ -114,7 +114,7 @@ def deltas_marked() -> Iterator[None]:
     original = SparseLinear.merged_weight
 
     @contextmanager
-    def merged_weight(layer: SparseLinear) -> Iterator[torch.Tensor]:
+    def merged_weight(layer: SparseLinear, active_indices: torch.Tensor | None = None) -> Iterator[torch.Tensor]:
         context = original(layer)
         with record_function(DELTAS):
             weight_OI = context.__enter__()

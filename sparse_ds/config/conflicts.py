@@ -27,6 +27,7 @@ METHOD_KEYS = (
     "density",
     "target_modules",
     "block_size",
+    "index_storage",
     "interval_steps",
     "estimation_steps",
     "initial_drop_fraction",
@@ -133,6 +134,14 @@ def _method_conflicts(method: MethodConfig, sections: Mapping[str, Any]) -> Iter
                     f"export.adapters: got {export.adapters}, but PEFT's formats hold no deltas of biases or norms "
                     f"(method.{key}). Leave one of the two out; the merged model has them."
                 )
+    if method.index_storage == "compact":
+        reasons = []
+        if facts.optimizer == "sm3":
+            reasons.append(f"method.name {method.name}: its optimizer reads the plain positions in every step")
+        if method.block_shape != (1, 1):
+            reasons.append(f"method.block_size {method.block_size}: there is one position for a whole block")
+        for reason in reasons:
+            yield f"method.index_storage: got compact, which saves nothing with {reason}. Set it to int32."
     if facts.events == "repeated" and method.interval_steps <= method.estimation_steps:
         yield (
             f"method.interval_steps: got {method.interval_steps}, expected more than method.estimation_steps "

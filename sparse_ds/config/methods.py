@@ -38,7 +38,7 @@ class MethodFacts:
         """All keys of `method` that have an effect."""
         used = {"name", *self.keys}
         if not self.trains_all:
-            used |= {"density", "target_modules", "block_size"}
+            used |= {"density", "target_modules", "block_size", "index_storage"}
         if self.events != "none":
             used |= {"estimation_steps"}
         if self.events == "repeated":
