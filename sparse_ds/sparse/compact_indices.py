@@ -5,8 +5,8 @@ Of S indices below N, ascending:
     low_bytes    [S] uint8                                     index_k % 256
     high_bits    [ceil((S + ceil(N / 256)) / 8)] uint8         a bit vector, least significant bit first
 
-The high part h_k = index_k // 256 never falls, so h_k + k grows by at least 1 from each to the next: the k-th one of the
-bit vector stands there. The sizes depend on S and N only, never on the indices, and the encoding of a list is unique.
+The high part h_k = index_k // 256 never falls, so h_k + k grows from each to the next: there the k-th one of the bit
+vector stands. The sizes depend on S and N only, never on the indices, and the encoding of a list is unique.
 Bytes an index: 1 + 1 / 8 + N / (2048 S), that is 1.15 at a density of 2.3 % and 1.61 at 0.1 %.
 
 Slots behind the active indices are encoded too (as the beginning of the last 256 positions); what they decode to means

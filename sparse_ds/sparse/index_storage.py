@@ -20,7 +20,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-import torch
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -43,7 +42,9 @@ class Piece(NamedTuple):
     """Elements of the parameter that one of the partition stands for."""
 
 
-def new_index_tensors(indices_S: Tensor, layout: SparseLayout, num_active: int, storage: IndexStorage) -> dict[str, Tensor]:
+def new_index_tensors(
+    indices_S: Tensor, layout: SparseLayout, num_active: int, storage: IndexStorage
+) -> dict[str, Tensor]:
     """Whole tensors by the names of the layer's parameters.
 
     Args:

@@ -71,14 +71,14 @@ def save_deltas(
     dense: dict[str, Tensor] = {}
     for name, layer in layers.items():
         pieces = [*stored_pieces(layer), Piece(layer.values, master.view(layer.values))]
-        *stored, values_K = gather_partitions(
+        *whole, values_K = gather_partitions(
             [piece.parameter for piece in pieces],
             [piece.partition for piece in pieces],
             device,
             [piece.unit for piece in pieces],
         )
         if process_group.rank() == 0:
-            indices_U = indices_of_pieces(layer, stored).cpu()
+            indices_U = indices_of_pieces(layer, whole).cpu()
             indices_K, values_K = layer.layout.sorted_weights(indices_U, values_K[: layer.num_active].cpu())
             gathered.append((name, indices_K, values_K))
     for name, parameter in prepared.dense_parameters.items():
