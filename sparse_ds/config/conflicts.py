@@ -134,14 +134,11 @@ def _method_conflicts(method: MethodConfig, sections: Mapping[str, Any]) -> Iter
                     f"export.adapters: got {export.adapters}, but PEFT's formats hold no deltas of biases or norms "
                     f"(method.{key}). Leave one of the two out; the merged model has them."
                 )
-    if method.index_storage == "compact":
-        reasons = []
-        if facts.optimizer == "sm3":
-            reasons.append(f"method.name {method.name}: its optimizer reads the plain positions in every step")
-        if method.block_shape != (1, 1):
-            reasons.append(f"method.block_size {method.block_size}: there is one position for a whole block")
-        for reason in reasons:
-            yield f"method.index_storage: got compact, which saves nothing with {reason}. Set it to int32."
+    if method.index_storage == "compact" and method.block_shape != (1, 1):
+        yield (
+            f"method.index_storage: got compact, expected int32 with method.block_size {method.block_size}: a whole "
+            "block has one position, which takes next to nothing. Leave one of the two out."
+        )
     if facts.events == "repeated" and method.interval_steps <= method.estimation_steps:
         yield (
             f"method.interval_steps: got {method.interval_steps}, expected more than method.estimation_steps "
