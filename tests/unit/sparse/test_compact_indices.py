@@ -1,4 +1,4 @@
-"""The compact form of indices against the definition, with Python's integers for the bit vector; and a layer over it."""
+"""The compact form of indices against its definition, a Python integer as the bit vector; and a layer over it."""
 
 from __future__ import annotations
 
@@ -70,9 +70,10 @@ def test_positions_beyond_int32() -> None:
     assert torch.equal(decode_indices(low_bytes, high_bits, 5, torch.int64), indices)
 
 
-@pytest.mark.parametrize(
-    ("density", "most"), [(0.001, 1.62), (0.003, 1.29), (0.006, 1.21), (0.0125, 1.17), (0.023, 1.15)]
-)
+MOST_BYTES = [(0.001, 1.62), (0.003, 1.29), (0.006, 1.21), (0.0125, 1.17), (0.023, 1.15)]
+
+
+@pytest.mark.parametrize(("density", "most"), MOST_BYTES)
 def test_bytes_per_index(density: float, most: float) -> None:
     num_positions = 2048 * 5632
     num_active = int(density * num_positions)
