@@ -9,6 +9,7 @@ import torch
 from communication_run import NUM_TOKENS, VOCABULARY, Case, start
 from exact_run import ExactRun, run_config
 from ranks import run_ranks
+from torch import nn
 
 from sparse_ds.distributed.process_group import rank, world_size
 from sparse_ds.distributed.zero3_partitions import local_partition, owned_range
@@ -54,7 +55,8 @@ def check_storage(layer: SparseLinear, storage: str) -> None:
 def train_llama(quantization: str, gradient_checkpointing: bool, storage: str) -> dict[str, Any]:
     """SpaRTA on a bf16 Llama, blocks gathered as one."""
     case = Case(quantization, gradient_checkpointing, index_storage=storage)  # type: ignore[arg-type]
-    engine, _, layers = start(case)
+    engine, model, layers = start(case)
+    draw_base(model)
     generator = torch.Generator().manual_seed(rank())
     losses = []
     for _ in range(4):
@@ -69,6 +71,21 @@ def train_llama(quantization: str, gradient_checkpointing: bool, storage: str) -
         "values": values,
         "indices": {name: own_indices(layer).tolist() for name, layer in layers.items()},
     }
+
+
+def draw_base(model: nn.Module) -> None:
+    """Random numbers in place of zeros; the same whatever holds the indices."""
+    generator = torch.Generator().manual_seed(7 + rank())
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad or ".index" in name or ".indices" in name:
+            continue
+        partition = local_partition(parameter)
+        if partition.dtype == torch.uint8:
+            partition.random_(0, 256, generator=generator)
+        else:
+            partition.uniform_(0.01, 0.2, generator=generator)
+            if name.endswith("weight"):
+                partition.sub_(0.1)
 
 
 def train_all() -> dict[str, list[dict[str, Any]]]:
