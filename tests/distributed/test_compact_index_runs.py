@@ -16,7 +16,7 @@ from sparse_ds.distributed.zero3_partitions import local_partition, owned_range
 from sparse_ds.sparse.index_storage import are_compact, index_parameters, own_indices
 from sparse_ds.sparse.sparse_linear import SparseLinear
 
-STEPS = 8
+STEPS = 10
 EVENTS = {"interval_steps": 3, "estimation_steps": 2, "initial_drop_fraction": 0.5}
 """Events after steps 2, 5 and 8."""
 METHODS: dict[str, dict[str, Any]] = {
