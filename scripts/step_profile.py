@@ -115,7 +115,7 @@ def deltas_marked() -> Iterator[None]:
 
     @contextmanager
     def merged_weight(layer: SparseLinear, active_indices: torch.Tensor | None = None) -> Iterator[torch.Tensor]:
-        context = original(layer)
+        context = original(layer, active_indices)
         with record_function(DELTAS):
             weight_OI = context.__enter__()
         try:

@@ -124,10 +124,10 @@ class PartitionProbe(TrainerCallback):
         """The dense weight is built where the parameters are gathered: in forward, recomputation and backward."""
         merged_weight = layer.merged_weight
 
-        def counted() -> Any:
+        def counted(active_indices: Tensor | None = None) -> Any:
             self._count_gathered()
             self._report.num_backward_samples += torch._C._current_graph_task_id() != -1
-            return merged_weight()
+            return merged_weight(active_indices)
 
         layer.merged_weight = counted  # type: ignore[method-assign]
 

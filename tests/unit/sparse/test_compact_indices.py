@@ -137,3 +137,19 @@ def test_the_whole_is_what_the_pieces_say() -> None:
         layer.num_active = ACTIVE - 7
         whole = [getattr(layer, name).data for name in new_index_tensors(torch.zeros(69), layer.layout, 0, storage)]
         assert torch.equal(indices_of_pieces(layer, whole), make_layer("int32").active_indices[: ACTIVE - 7])
+
+
+@pytest.mark.gpu
+def test_decoding_on_a_gpu_does_not_wait_for_it() -> None:
+    num_positions, num_active = 4096 * 11008, 100_000
+    indices = torch.randperm(num_positions, generator=torch.Generator().manual_seed(0))[:num_active].sort().values
+    stored = [each.cuda() for each in encode_indices(indices, num_active, num_positions)]
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        decoded = decode_indices(stored[0], stored[1], num_active, torch.int32)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(decoded.cpu().long(), indices)
+    on_gpu = encode_indices(indices.cuda(), num_active, num_positions)
+    assert all(torch.equal(left, right) for left, right in zip(on_gpu, stored, strict=True))
