@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 crossovers.setdefault(dtype, {})[shape] = crossover(times)
                 print(f"{dtype}, {shape}, {num_tokens} tokens: {crossovers[dtype][shape]:g}", flush=True)
             else:
-                operations = [*layer.products(), *layer.gradients(options.densities)]
+                operations = [*layer.products(), *layer.gradients(options.densities), *layer.blocks(options.densities)]
                 operations += [*layer.deltas(options.densities), *layer.compact_indices(options.densities)]
                 operations += layer.nf4(options.densities)
                 times = time_in_turns(operations, options.rounds, device, clock)

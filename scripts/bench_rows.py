@@ -4,6 +4,7 @@ A `Row` makes one optimizer step at a time: forward, backward, optimizer. Withou
 
 floor         forward and input gradient of the frozen model, nothing else: what no method can do without
 sparta, ...   the project's layers, optimizers, estimation phases and events (`whole_parameters`)
+..._compiled  the same with `train.compile`
 lora, ...     peft, with as many trained weights as K allows, and torch's fused AdamW
 full          weights, gradients and moments in the dtype of the base: the cheapest that full fine-tuning can be
 """
@@ -21,23 +22,37 @@ from bench_base import TARGETS, FrozenBase, move_buffers
 from peft import LoraConfig, ShiraConfig, SupertuningConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn import Parameter
+from transformers.models.llama import modeling_llama
 from whole_parameters import FlatValues, WholeParameters, put_base
 
 from sparse_ds.config.schema import RunConfig
 from sparse_ds.distributed.born_partitioned import PartitionedParameters
+from sparse_ds.distributed.process_group import world_size
 from sparse_ds.distributed.zero3_partitions import MasterWeights
 from sparse_ds.drop_grow.estimation import EstimationPhase
 from sparse_ds.drop_grow.event import DropAndGrow, Seeds
 from sparse_ds.drop_grow.weight_states import WeightStates
 from sparse_ds.model.base_tensors import BaseSettings
-from sparse_ds.model.build import BaseParameters, SparseSettings, build_sparse_model, plan_layouts
+from sparse_ds.model.build import BaseParameters, build_sparse_model, plan_layouts
+from sparse_ds.model.pieces import install_pieces
 from sparse_ds.optim.sm3 import SparseSM3
 from sparse_ds.optim.sparse_adamw import SparseAdamW
 from sparse_ds.sparse.sparse_linear import SparseLinear
-from sparse_ds.training.setup import bind_optimizer, make_drop_and_grow, make_estimation, make_optimizer
+from sparse_ds.training.setup import (
+    EventSchedule,
+    bind_optimizer,
+    choose_path,
+    find_pieces,
+    make_drop_and_grow,
+    make_estimation,
+    make_optimizer,
+    sparse_settings,
+)
 
 LEARNING_RATE = 1e-5
-OURS = ("sparta", "sft_ag", "sft_ma")
+TOTAL_STEPS = 10**6
+"""Of the run whose events are made: long, so that the share of weights that they replace has not fallen yet."""
+OURS = ("sparta", "sft_ag", "sft_ma", "sparta_compiled")
 PEFT = ("lora_0", "lora_0.1", "dora", "shira", "supertuning")
 ROWS = ("floor", *OURS, *PEFT, "full")
 NOT_IN_NF4 = {"shira": "peft has none over 4 bits", "supertuning": "peft has none over 4 bits", "full": "not frozen"}
@@ -120,23 +135,39 @@ class Sparse(Row):
     optimizer: SparseSM3 | SparseAdamW
     estimation: EstimationPhase | None
     drop_and_grow: DropAndGrow | None
+    rotary: Callable[..., Any] | None
 
     def build(
         self, name: str, base: FrozenBase, density: float, *, checkpointing: bool, settings: dict[str, Any]
     ) -> BaseParameters:
         """Make the model, with parameters of `make_parameters`; returns those of the base, which are to be filled."""
         model = base.empty_model(checkpointing=checkpointing)
-        self.config = run_config(name, base, density, settings)
-        sparse = SparseSettings(self.config.method.target_modules, density, self.config.train.seed)
-        layouts = plan_layouts(model, sparse)
+        if name.endswith("_compiled"):
+            settings = {**settings, "train.compile": True}
+        self.config = run_config(name.removesuffix("_compiled"), base, density, settings)
+        self.rotary = install_own_pieces(self.config, model, base.device)
+        sparse = sparse_settings(self.config)
+        layouts = plan_layouts(model, sparse, world_size())
         made = build_sparse_model(model, layouts, base_settings(base), sparse, self.make_parameters())
         move_buffers(model, base.device)
         self.layers = {name: each for name, each in model.named_modules() if isinstance(each, SparseLinear)}
+        path_choice = choose_path(self.config, layouts)
+        for layer in self.layers.values():
+            layer.path_choice = path_choice
         super().__init__(name, density, sum(layer.num_active for layer in self.layers.values()), model)
         return made
 
     def make_parameters(self) -> PartitionedParameters:
         raise NotImplementedError
+
+    def step(self, batch: Batch) -> Tensor:
+        if self.rotary is None:
+            return super().step(batch)
+        theirs, modeling_llama.apply_rotary_pos_emb = modeling_llama.apply_rotary_pos_emb, self.rotary
+        try:
+            return super().step(batch)
+        finally:
+            modeling_llama.apply_rotary_pos_emb = theirs
 
     def bind(self, optimizer: torch.optim.Optimizer, master: MasterWeights, device: torch.device) -> None:
         """Once the optimizer and the master weights are there."""
@@ -144,7 +175,7 @@ class Sparse(Row):
         self.optimizer, self.num_events = optimizer, 0
         bind_optimizer(optimizer, self.layers, master)
         self.estimation, self.drop_and_grow = make_estimation(self.config, self.layers, device), None
-        if self.name != "sparta":
+        if self.config.method.name != "sparta":
             states = WeightStates(optimizer, master.flats, keeps_event_values=False)
             self.drop_and_grow = make_drop_and_grow(
                 self.config, optimizer, self.layers, master, states, self.estimation, device
@@ -158,11 +189,12 @@ class Sparse(Row):
         self.estimation.end_step(1.0)
 
     def event(self) -> None:
-        """One that replaces as many weights as an early one of a run: the share `initial_drop_fraction`."""
+        """One that replaces as many weights as the second of a long run: nearly the share `initial_drop_fraction`."""
         assert self.drop_and_grow is not None
         self.num_events += 1
-        fraction = self.config.method.initial_drop_fraction
-        num_to_replace = {name: math.floor(fraction * layer.num_active) for name, layer in self.layers.items()}
+        method = self.config.method
+        schedule = EventSchedule(self.config, self.layers, TOTAL_STEPS)
+        num_to_replace = schedule.num_to_replace(method.estimation_steps + method.interval_steps)
         seeds = Seeds(None, self.num_events)
         if isinstance(self.optimizer, SparseAdamW):
             seeds = Seeds(self.config.optimizer.betas, self.optimizer.num_applied_steps - 1)
@@ -176,6 +208,21 @@ class Sparse(Row):
         if self.drop_and_grow is not None:
             found[EVENT] = self.event
         return found
+
+
+def install_own_pieces(config: RunConfig, model: Any, device: torch.device) -> Callable[..., Any] | None:
+    """What a run with `train.compile` or `model.liger_kernels` computes with between the linear layers.
+
+    Returns:
+        The rotary embedding. It is a function of transformers' module, which all rows share: put it there for the time
+        of a step. None: the run has no such option.
+    """
+    if not (config.train.compile or config.model.liger_kernels):
+        return None
+    theirs = modeling_llama.apply_rotary_pos_emb
+    install_pieces(model, find_pieces(config, model, device))
+    rotary, modeling_llama.apply_rotary_pos_emb = modeling_llama.apply_rotary_pos_emb, theirs
+    return rotary
 
 
 class WholeSparse(Sparse):
@@ -279,22 +326,18 @@ def base_settings(base: FrozenBase) -> BaseSettings:
     return BaseSettings(base.dtype, base.nf4, double_quantization=False, attention="auto")
 
 
-def run_config(
-    name: str, base: FrozenBase, density: float, settings: dict[str, Any], deepspeed: dict[str, Any] | None = None
-) -> RunConfig:
-    """The configuration of a run with this method; `settings`: more values of its `method` section."""
-    return RunConfig.model_validate(
-        {
-            "model": {
-                "dtype": str(base.dtype).removeprefix("torch."),
-                "quantization": "nf4" if base.nf4 else "none",
-            },
-            "method": {"name": name, **({} if name == "full" else {"density": density}), **settings},
-            "optimizer": {"learning_rate": LEARNING_RATE},
-            "train": {"output_dir": "unused"},
-            "deepspeed": deepspeed or {},
-        }
-    )
+def run_config(name: str, base: FrozenBase, density: float, settings: dict[str, Any]) -> RunConfig:
+    """The configuration of a run with this method; `settings`: more values by `section.key`."""
+    sections: dict[str, dict[str, Any]] = {
+        "model": {"dtype": str(base.dtype).removeprefix("torch."), "quantization": "nf4" if base.nf4 else "none"},
+        "method": {"name": name, **({} if name == "full" else {"density": density})},
+        "optimizer": {"learning_rate": LEARNING_RATE},
+        "train": {"output_dir": "unused"},
+    }
+    for path, value in settings.items():
+        section, _, key = path.partition(".")
+        sections.setdefault(section, {})[key] = value
+    return RunConfig.model_validate(sections)
 
 
 def make_row(

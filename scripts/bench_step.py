@@ -110,7 +110,11 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         help="of peft's weights: float32, with autocast, as transformers' Trainer has it, or the dtype of the base",
     )
     parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="of the section `method`, for the sparse rows"
+        "--set",
+        action="append",
+        default=[],
+        metavar="SECTION.KEY=VALUE",
+        help="of a run's configuration, for the sparse rows; without a section it is `method`",
     )
 
 
@@ -157,10 +161,11 @@ def make_rows(arguments: argparse.Namespace, base: FrozenBase) -> list[Row]:
 
 
 def method_settings(given: Sequence[str]) -> dict[str, Any]:
-    """KEY=VALUE to a dict; the value is JSON, else text."""
+    """KEY=VALUE to a dict by `section.key`; the value is JSON, else text."""
     settings: dict[str, Any] = {}
     for each in given:
         key, _, value = each.partition("=")
+        key = key if "." in key else f"method.{key}"
         try:
             settings[key] = json.loads(value)
         except json.JSONDecodeError:

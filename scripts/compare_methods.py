@@ -9,6 +9,9 @@ tuned: density, S, gamma and alpha are the defaults for all. Sparse methods and 
 over an NF4 base (`full`: bf16), LoRA through scripts/lora_baseline.py over the same NF4 weights; all see the same
 batches.
 
+`--methods` also knows some methods with blocks as the active unit (`method.block_size`); a `--density` of which every
+matrix has a whole number of blocks gives them as many trained weights as the others.
+
 A run that is finished is kept in the output folder and not repeated, so the script can be interrupted.
 """
 
@@ -37,19 +40,31 @@ class Method(NamedTuple):
     overrides: dict[str, Any]
 
 
+GENTLE = {"method.first_drop_fraction": 0.2, "optimizer.age_warmup_steps": 25}
 METHODS = {
     "SFT-AG": Method("zero3_sft_ag", 1e-2, {}),
-    "SFT-AG, gentle": Method(
-        "zero3_sft_ag", 3.2e-3, {"method.first_drop_fraction": 0.2, "optimizer.age_warmup_steps": 25}
-    ),
+    "SFT-AG, gentle": Method("zero3_sft_ag", 3.2e-3, GENTLE),
     "SFT-MA": Method("zero3_sft_ma", 1e-2, {}),
     "SFT-MA, 10 % of the growth random": Method("zero3_sft_ma", 1e-2, {"method.random_growth_fraction": 0.1}),
     "SpaRTA": Method("zero3_sft_ag", 1e-2, {"method.name": "sparta"}),
     "Fisher": Method("zero3_sft_ag", 1e-2, {"method.name": "fisher"}),
     "accumulated gradient": Method("zero3_sft_ag", 1e-2, {"method.name": "accumulated_gradient"}),
     "LoRA (peft)": Method("", 3e-3, {}),
+    **{
+        f"{name}, blocks of {rows} x {cols}": Method(config, rate, {**method, "method.block_size": f"[{rows},{cols}]"})
+        for rows, cols in ((1, 16), (16, 16))
+        for name, config, rate, method in (
+            ("SFT-AG", "zero3_sft_ag", 1e-2, {}),
+            ("SFT-AG, gentle", "zero3_sft_ag", 3.2e-3, GENTLE),
+            ("SFT-MA", "zero3_sft_ma", 1e-2, {}),
+            ("SpaRTA", "zero3_sft_ag", 1e-2, {"method.name": "sparta"}),
+        )
+    },
     "full": Method("zero3_full", 3.2e-4, {}),
 }
+
+
+WITHOUT_BLOCKS = [name for name in METHODS if "blocks" not in name]
 
 
 class Job(NamedTuple):
@@ -70,7 +85,7 @@ def main() -> None:
     parser.add_argument("--sequence-length", type=int, default=256)
     parser.add_argument("--density", type=float, default=0.05)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=WITHOUT_BLOCKS)
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each on one thread")
     arguments = parser.parse_args()
     split_text(arguments.text, arguments.output)

@@ -24,6 +24,7 @@ LABELS = {
     "sparta": "SpaRTA",
     "sft_ag": "SFT-AG",
     "sft_ma": "SFT-MA",
+    "sparta_compiled": "SpaRTA, `train.compile`",
     "lora_0": "LoRA",
     "lora_0.1": "LoRA, dropout 0.1",
     "dora": "DoRA",

@@ -23,9 +23,11 @@ from sparse_ds.optim.flat_segment import FlatSegment
 from sparse_ds.optim.sm3 import SparseSM3
 from sparse_ds.optim.sparse_adamw import SparseAdamW
 from sparse_ds.sparse.compact_indices import decode_indices, encode_indices
+from sparse_ds.sparse.gradient_at import gradient_at
 from sparse_ds.sparse.layout import SparseLayout
 
 FORWARD = "forward product"
+BLOCKS = ((16, 16), (1, 16))
 SAMPLED, SHARED, DENSE = "values' gradient, sampled", "the same, X^T shared", "values' gradient, dense"
 
 
@@ -56,11 +58,11 @@ class LayerOperations:
     def _random(self, *shape: int) -> Tensor:
         return torch.randn(shape, generator=self.generator, device=self.device).to(self.dtype)
 
-    def indices(self, density: float) -> Tensor:
+    def indices(self, density: float, num_positions: int | None = None) -> Tensor:
         """[K] int32, ascending, unique: one of every 1 / density positions, at random among them."""
-        num_rows, num_cols = self.shape
-        num_active = max(1, int(density * num_rows * num_cols))
-        step = num_rows * num_cols / num_active
+        num_positions = num_positions or self.weight.numel()
+        num_active = max(1, int(density * num_positions))
+        step = num_positions / num_active
         places = torch.rand(num_active, generator=self.generator, device=self.device, dtype=torch.float64)
         begins = torch.arange(num_active, device=self.device, dtype=torch.float64) * step
         return (begins + places * (step - 1)).int().unique()
@@ -89,6 +91,22 @@ class LayerOperations:
         if shared:
             use.shared.transposed_IT = self.whole_input_IT
         return values_gradient(ProductOperands(self.grad_output, self.input, use), indices, boundaries, choice=choice)
+
+    def blocks(self, densities: Sequence[float]) -> Iterator[Operation]:
+        """The gradient of all weights of the active blocks, at the same density."""
+        num_rows, num_cols = self.shape
+        for block_rows, block_cols in BLOCKS:
+            if num_rows % block_rows or num_cols % block_cols:
+                continue
+            for density in densities:
+                blocks = self.indices(density, num_rows // block_rows * (num_cols // block_cols))
+                layout = SparseLayout(*self.shape, blocks.numel() * block_rows * block_cols, 0, block_rows, block_cols)
+                boundaries = partial(_remembered, {}, layout, blocks)
+                gradient = partial(self._block_gradient, layout, blocks, boundaries)
+                yield Operation(f"gradient of {block_rows} x {block_cols} blocks", density, gradient)
+
+    def _block_gradient(self, layout: SparseLayout, blocks: Tensor, boundaries: Any) -> Tensor:
+        return gradient_at(layout, ProductOperands(self.grad_output, self.input), blocks, boundaries)
 
     def deltas(self, densities: Sequence[float]) -> Iterator[Operation]:
         weight_OI = self.weight.clone()

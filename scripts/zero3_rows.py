@@ -27,12 +27,12 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from whole_parameters import give_partition
 
-from sparse_ds.config import build_deepspeed_config
+from sparse_ds.config import RunConfig, build_deepspeed_config
 from sparse_ds.distributed.born_partitioned import PartitionedParameters, slice_of
 from sparse_ds.distributed.process_group import world_size
 from sparse_ds.distributed.zero3_partitions import MasterWeights, all_reduce_max_, full_size, release_gathered
 from sparse_ds.optim.sm3 import SparseSM3
-from sparse_ds.training.setup import make_optimizer
+from sparse_ds.training.setup import gather_blocks_if_better, make_optimizer
 
 ZERO3_ROWS = ("floor", *OURS, "lora_0", "lora_0.1", "full")
 
@@ -45,11 +45,15 @@ class EngineRow(Row):
 
     engine: Any
 
-    def start_engine(self, optimizer: torch.optim.Optimizer, largest_num_trained: int, config: Any) -> None:
+    def start_engine(
+        self, optimizer: torch.optim.Optimizer, largest_num_trained: int, config: RunConfig, *, as_a_run: bool
+    ) -> None:
+        """`as_a_run`: gather as the project's runs do, the tensors of a block together."""
+        block = gather_blocks_if_better(config, self.model) if as_a_run else None
         self.engine, *_ = deepspeed.initialize(
             model=self.model,
             optimizer=optimizer,
-            config=build_deepspeed_config(config, world_size(), largest_num_trained),
+            config=build_deepspeed_config(config, world_size(), largest_num_trained, block),
         )
 
     def step(self, batch: Batch) -> Tensor:
@@ -71,7 +75,7 @@ class EngineSparse(EngineRow, Sparse):
                 give_partition(parameter, partitions_of(base)[tensor_name][role])
         values = [layer.values for layer in self.layers.values()]
         optimizer = make_optimizer(self.config, values)
-        self.start_engine(optimizer, max(full_size(each) for each in values), self.config)
+        self.start_engine(optimizer, max(full_size(each) for each in values), self.config, as_a_run=True)
         master = MasterWeights(self.engine)
         master.zero_padding()
         self.bind(optimizer, master, base.device)
@@ -103,7 +107,7 @@ class EngineFloor(EngineRow):
         model.register_parameter("begin", begin)
         super().__init__("floor", None, 0, model)
         begin_graph(model, begin)
-        self.start_engine(torch.optim.AdamW([begin], lr=LEARNING_RATE), 1, config)
+        self.start_engine(torch.optim.AdamW([begin], lr=LEARNING_RATE), 1, config, as_a_run=True)
 
 
 class EngineLora(EngineRow):
@@ -125,10 +129,11 @@ class EngineLora(EngineRow):
             parameter.data = parameter.data.to(base.dtype)
         super().__init__(name, density, sum(parameter.numel() for parameter in trained), wrapped)
         largest = max(parameter.numel() for parameter in trained)
-        # As transformers' Trainer sets it: small tensors, so most of LoRA's, are never partitioned.
-        zero = {"stage3_param_persistence_threshold": 10 * base.shape.hidden}
-        config = run_config("sparta", base, density, {}, {"zero_optimization": zero})
-        self.start_engine(torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0, fused=True), largest, config)
+        # Small tensors are partitioned too (transformers' Trainer keeps them whole): measured, that is faster here.
+        config = run_config("sparta", base, density, {})
+        self.start_engine(
+            torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0, fused=True), largest, config, as_a_run=False
+        )
 
 
 class EngineFull(EngineRow):
@@ -140,7 +145,9 @@ class EngineFull(EngineRow):
         parameters = list(model.parameters())
         super().__init__("full", None, sum(full_size(parameter) for parameter in parameters), model)
         config = run_config("full", base, 0.01, {})
-        self.start_engine(make_optimizer(config, parameters), max(full_size(each) for each in parameters), config)
+        self.start_engine(
+            make_optimizer(config, parameters), max(full_size(each) for each in parameters), config, as_a_run=False
+        )
 
 
 def make_engine_row(

@@ -198,7 +198,7 @@ class MethodConfig(_Section):
     candidate_source: Literal["micro_batch", "step"] = "micro_batch"
     """The gradient by which candidates are found: of the first micro batch of an estimation phase (over all ranks), or
     of its whole first step, which for that step takes 4 bytes per weight of the target matrices / ranks."""
-    gradient_tile_mib: PositiveInt = 64
+    gradient_tile_mib: PositiveInt = 32
     """Bound on the transient memory in which dense gradients are looked through piece by piece, in MiB."""
     gradient_accumulator_limit_gib: Annotated[float, Field(gt=0)] = 4.0
     """The most that a dense gradient accumulator may take per rank, in GiB (`method.candidate_source` step, `fisher`,

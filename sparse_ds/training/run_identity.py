@@ -29,8 +29,8 @@ def run_identity(
     """
     model = config.model
     method = {key: value for key, value in config.to_dict()["method"].items() if key not in FREE_METHOD_KEYS}
-    # One spelling of a block; none for single weights.
-    del method["block_size"]
+    # One spelling of a block; none for single weights. `full` has no such key.
+    method.pop("block_size", None)
     if config.method.block_shape != (1, 1):
         method["block_size"] = list(config.method.block_shape)
     return {

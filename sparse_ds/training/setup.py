@@ -119,17 +119,7 @@ def prepare_model(
     partitioned = PartitionedParameters(
         offload_device=offload.get("device", "none"), pin_memory=offload.get("pin_memory", False)
     )
-    sparse = SparseSettings(
-        config.method.target_modules,
-        config.method.density,
-        config.train.seed,
-        bernoulli=config.method.sampling == "bernoulli",
-        block_size=config.method.block_shape,
-        slots_per_active=config.method.redistribution_factor or 1.0,
-        train_biases=config.method.train_biases,
-        train_norms=config.method.train_norms,
-        index_storage=config.method.index_storage,
-    )
+    sparse = sparse_settings(config)
     layouts: dict[str, SparseLayout] = {}
     path_choice = AUTO
     with agreement("building the model"):
@@ -166,10 +156,29 @@ def prepare_model(
             layer.path_choice = path_choice
     num_sparse = sum(layer.num_active for layer in layers.values())
     num_trained = num_sparse + num_head_weights if layouts else num_weights
-    gathered_block = None
-    if layouts and gathers_blocks(config, world_size(), _largest_block(model)):
-        gathered_block = gather_blocks(model)
+    gathered_block = gather_blocks_if_better(config, model) if layouts else None
     return PreparedModel(model, layers, num_trained, num_weights, loaded, classification, gathered_block)
+
+
+def sparse_settings(config: RunConfig) -> SparseSettings:
+    """Which weights train, of a run with sparse layers."""
+    method = config.method
+    return SparseSettings(
+        method.target_modules,
+        method.density,
+        config.train.seed,
+        bernoulli=method.sampling == "bernoulli",
+        block_size=method.block_shape,
+        slots_per_active=method.redistribution_factor or 1.0,
+        train_biases=method.train_biases,
+        train_norms=method.train_norms,
+        index_storage=method.index_storage,
+    )
+
+
+def gather_blocks_if_better(config: RunConfig, model: nn.Module) -> BlockSizes | None:
+    """`gather_blocks` where a run of this configuration does so; else None."""
+    return gather_blocks(model) if gathers_blocks(config, world_size(), _largest_block(model)) else None
 
 
 def gather_blocks(model: nn.Module) -> BlockSizes:

@@ -40,6 +40,8 @@ from sparse_ds.training.setup import (
 
 CPU = torch.device("cpu")
 SHAPES = {"wide": (12, 40), "tall": (37, 9), "tiny": (3, 5)}
+SHAPES_OF_BLOCKS = {"wide": (12, 40), "tall": (36, 8), "tiny": (4, 8)}
+"""Where the active unit is a block."""
 NUM_SAMPLES = 12
 """Of a micro batch over all ranks: 1, 2, 3 or 4 ranks can share them."""
 
@@ -78,13 +80,14 @@ def run_config(method: dict[str, Any], *, num_ranks: int, accumulation: int, ste
 class ExactRun:
     """The engine and what belongs to it; collectives: those of `deepspeed.initialize`."""
 
-    def __init__(self, config: RunConfig, shapes: dict[str, tuple[int, int]] = SHAPES) -> None:
+    def __init__(self, config: RunConfig, shapes: dict[str, tuple[int, int]] | None = None) -> None:
         self.config, self.steps = config, config.train.max_steps or 0
         partitioned = PartitionedParameters()
         factor = config.method.redistribution_factor or 1.0
         self.layers: dict[str, SparseLinear] = {}
         block_rows, block_cols = config.method.block_shape
         size = block_rows * block_cols
+        shapes = shapes or (SHAPES if size == 1 else SHAPES_OF_BLOCKS)
         for name, (num_rows, num_cols) in shapes.items():
             num_blocks = num_rows * num_cols // size
             num_active = max(1, int(config.method.density * num_blocks))

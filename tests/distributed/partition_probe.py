@@ -21,6 +21,7 @@ from sparse_ds.config.schema import RunConfig
 from sparse_ds.distributed import process_group
 from sparse_ds.distributed.launch_environment import complete_environment
 from sparse_ds.drop_grow.weight_states import WeightStates
+from sparse_ds.kernels import dense_row_blocks
 from sparse_ds.optim.sm3 import SparseSM3
 from sparse_ds.sparse.sparse_linear import SparseLinear
 from sparse_ds.training import run as run_module
@@ -151,6 +152,9 @@ class PartitionProbe(TrainerCallback):
             size = self._partition_size(parameter)
             assert parameter.ds_tensor.numel() == size, f"{where}: {name}: {parameter.ds_tensor.numel()} of {size}"
         known = self._known_storages(where)
+        for scratch in dense_row_blocks._scratch.values():
+            assert scratch.numel() <= dense_row_blocks.SCRATCH_ELEMENTS, f"{where}: scratch of {scratch.numel()}"
+            known.add(scratch.untyped_storage().data_ptr())
         full_sizes, smallest_matrix = self._full_sizes()
         for tensor in _live_tensors():
             storage = tensor.untyped_storage()
@@ -216,9 +220,19 @@ class PartitionProbe(TrainerCallback):
         layouts = [module.layout for module in self._model.modules() if isinstance(module, SparseLinear)]
         num_accumulators = sum(layout.num_rows + layout.num_cols for layout in layouts)
         assert optimizer.accumulators.numel() == optimizer.pending_accumulators.numel() == num_accumulators
+        cohorts = [births.cohorts for births in self._weight_states._births if births.cohorts is not None]
+        assert sum(each.nbytes for each in cohorts) in (0, trained_elements), f"{where}: birth steps"
         buckets = [bucket.buffer for bucket in self._zero.ipg_buckets.values() if bucket.buffer is not None]
         assert sum(bucket.numel() for bucket in buckets) == self._zero.reduce_bucket_size
-        others = [*flats, *states, gradients, optimizer.accumulators, optimizer.pending_accumulators, *buckets]
+        others = [
+            *flats,
+            *states,
+            *cohorts,
+            gradients,
+            optimizer.accumulators,
+            optimizer.pending_accumulators,
+            *buckets,
+        ]
         return {*storages, *(tensor.untyped_storage().data_ptr() for tensor in others)}
 
     def _full_sizes(self) -> tuple[set[int], int]:

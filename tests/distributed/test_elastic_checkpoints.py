@@ -39,6 +39,8 @@ CASES: dict[str, dict[str, Any]] = {
         "redistribution_factor": 1.75,
     },
     "sft_ma": {"name": "sft_ma", **EVENTS},
+    "sft_ag, blocks": {"name": "sft_ag", **EVENTS, "drop_schedule": "constant", "block_size": [2, 4]},
+    "sft_ma, blocks": {"name": "sft_ma", **EVENTS, "drop_schedule": "constant", "block_size": [1, 4]},
 }
 ALTERNATING = "sft_ag, change, redistribution, indices stored in turns"
 """The first and the third part of the chain store them compactly; the run that never stops does not."""
@@ -49,6 +51,8 @@ BYTES_PER_WEIGHT = {
     "sft_ag": (20, 12),
     "sft_ag, step, change, redistribution": (24, 12),
     "sft_ma": (12, 0),
+    "sft_ag, blocks": (16 + 4 / 8, 8 + 4 / 8),
+    "sft_ma, blocks": (8 + 4 / 4, 0),
     ALTERNATING: (24, 12),
 }
 """Of indices, values and state; and of an estimation phase."""

@@ -31,6 +31,31 @@ CASES: dict[str, dict[str, Any]] = {
         "random_growth_fraction": 0.3,
         "redistribution_factor": 1.5,
     },
+    "sft_ag, blocks": {
+        "name": "sft_ag",
+        **EVENTS,
+        "drop_schedule": "constant",
+        "gradient_tile_mib": 1,
+        "block_size": [2, 4],
+    },
+    "sft_ag, step, change, blocks of columns, redistribution": {
+        "name": "sft_ag",
+        **EVENTS,
+        "candidate_source": "step",
+        "drop_criterion": "change",
+        "drop_schedule": "constant",
+        "redistribution_factor": 1.75,
+        "block_size": [1, 4],
+    },
+    "sft_ma, blocks, random share, redistribution": {
+        "name": "sft_ma",
+        **EVENTS,
+        "random_growth_fraction": 0.3,
+        "drop_schedule": "constant",
+        "redistribution_factor": 1.5,
+        "block_size": 2,
+    },
+    "accumulated_gradient, blocks": {"name": "accumulated_gradient", "estimation_steps": 3, "block_size": [4, 2]},
     "fisher": {"name": "fisher", "estimation_steps": 3},
     "accumulated_gradient": {"name": "accumulated_gradient", "estimation_steps": 3},
 }
@@ -69,7 +94,7 @@ def test_the_number_of_ranks_changes_not_a_bit(case: str, outcomes: dict[int, di
             assert outcomes[num_ranks][case] == one, f"{num_ranks} ranks"
 
 
-@pytest.mark.parametrize("case", ["sft_ag, redistribution", "sft_ma, random share, redistribution"])
+@pytest.mark.parametrize("case", [case for case in CASES if "redistribution" in case])
 def test_redistribution_moves_weights_and_keeps_their_number(
     case: str, outcomes: dict[int, dict[str, dict[str, Any]]]
 ) -> None:

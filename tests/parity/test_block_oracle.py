@@ -21,6 +21,7 @@ from oracle_cases import Material, Start, event_keys, largest_difference, run_co
 from tiny_llama_runs import FinishedRun, train_forked
 from torch import Tensor
 
+from sparse_ds.adapter.of_checkpoint import CheckpointAdapter
 from sparse_ds.selection.random_subset import random_subset
 
 DENSITY = 0.1
@@ -219,8 +220,17 @@ def test_a_run_with_blocks_follows_the_oracle(
         keys |= {"estimation_steps": settings.estimation_steps}
     config = run_config(material.folder, settings, "texts", method=keys, optimizer=optimizer)
     config["train"]["gradient_checkpointing"] = checkpointing
-    result = train_forked(config, num_ranks, material.folder / f"{method}-{num_ranks}")
+    folder = material.folder / f"{method}-{num_ranks}"
+    if num_ranks == 2:
+        # In the middle of an estimation phase, and at the end.
+        config["checkpoint"] = {"interval_steps": settings.total_steps // 2}
+    result = train_forked(config, num_ranks, folder)
     check(result, oracle, settings)
+    if num_ranks == 2:
+        checkpoint = CheckpointAdapter(folder / "run" / f"checkpoint-{settings.total_steps}")
+        for name, deltas in checkpoint.items():
+            assert torch.equal(deltas.indices, result.indices[name]), "single weights, whatever the blocks"
+            assert torch.equal(deltas.values, result.values[name])
 
 
 def check(result: FinishedRun, oracle: DenseTraining, settings: Settings | GradientSettings) -> None:

@@ -68,7 +68,7 @@ NF4 = dataclasses.replace(
     drop_criterion="change",
     max_grad_norm=1.0,
     eval_interval_steps=4,
-    seed=9,
+    seed=20,
 )
 # Few weights and steps, so that there is a seed with no weight near a rounding boundary (`MIN_ROUNDING_GAP`).
 BF16 = dataclasses.replace(
@@ -88,7 +88,7 @@ FISHER = dataclasses.replace(STEP, method="fisher", group_size=1, total_steps=12
 # Over other bases.
 SPARTA_NF4 = dataclasses.replace(SPARTA, learning_rate=0.05)
 SPARTA_BF16 = dataclasses.replace(BF16, method="sparta", total_steps=6, max_grad_norm=0.3, seed=167)
-FISHER_NF4 = dataclasses.replace(FISHER, seed=1)
+FISHER_NF4 = dataclasses.replace(FISHER, seed=2)
 FISHER_BF16 = dataclasses.replace(BF16, method="fisher", group_size=1, total_steps=5, max_grad_norm=0.3, seed=140)
 ACCUMULATED = dataclasses.replace(STEP, method="accumulated_gradient", total_steps=12, seed=3)
 
