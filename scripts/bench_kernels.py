@@ -84,7 +84,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(f"{dtype}, {shape}, {num_tokens} tokens: {crossovers[dtype][shape]:g}", flush=True)
             else:
                 operations = [*layer.products(), *layer.gradients(options.densities), *layer.blocks(options.densities)]
-                operations += [*layer.deltas(options.densities), *layer.nf4(options.densities)]
+                operations += [*layer.deltas(options.densities), *layer.compact_indices(options.densities)]
+                operations += layer.nf4(options.densities)
                 times = time_in_turns(operations, options.rounds, device, clock)
                 print(f"### {shape}, {num_tokens} tokens, {dtype}\n\n{table(times, options.densities)}\n", flush=True)
             results += records(times, shape=shape, dtype=dtype, tokens=num_tokens)

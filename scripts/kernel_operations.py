@@ -22,6 +22,7 @@ from sparse_ds.kernels.values_gradient import values_gradient
 from sparse_ds.optim.flat_segment import FlatSegment
 from sparse_ds.optim.sm3 import SparseSM3
 from sparse_ds.optim.sparse_adamw import SparseAdamW
+from sparse_ds.sparse.compact_indices import decode_indices, encode_indices
 from sparse_ds.sparse.gradient_at import gradient_at
 from sparse_ds.sparse.layout import SparseLayout
 
@@ -113,6 +114,15 @@ class LayerOperations:
             indices = self.indices(density)
             values = torch.randn(indices.numel(), generator=self.generator, device=self.device)
             yield Operation("deltas put in and taken out", density, partial(_put_and_take, weight_OI, indices, values))
+
+    def compact_indices(self, densities: Sequence[float]) -> Iterator[Operation]:
+        num_positions = self.weight.numel()
+        for density in densities:
+            indices = self.indices(density)
+            num_active = indices.numel()
+            low_bytes, high_bits = encode_indices(indices, num_active, num_positions)
+            decode = partial(decode_indices, low_bytes, high_bits, num_active, torch.int32)
+            yield Operation("compact indices decoded", density, decode)
 
     def nf4(self, densities: Sequence[float]) -> Iterator[Operation]:
         quantized = quantize_nf4(self.weight, double_quantization=False)

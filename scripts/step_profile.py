@@ -114,8 +114,8 @@ def deltas_marked() -> Iterator[None]:
     original = SparseLinear.merged_weight
 
     @contextmanager
-    def merged_weight(layer: SparseLinear) -> Iterator[torch.Tensor]:
-        context = original(layer)
+    def merged_weight(layer: SparseLinear, active_indices: torch.Tensor | None = None) -> Iterator[torch.Tensor]:
+        context = original(layer, active_indices)
         with record_function(DELTAS):
             weight_OI = context.__enter__()
         try:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -14,7 +15,7 @@ from sparse_ds.checkpoint.tensor_file import DTYPES
 from sparse_ds.checkpoint.writing import SavedSlice
 from sparse_ds.config.errors import UserError
 from sparse_ds.distributed.zero3_partitions import MasterWeights, full_size, local_partition, owned_range
-from sparse_ds.sparse.index_storage import own_indices
+from sparse_ds.sparse.index_storage import are_compact, own_indices, write_indices
 from sparse_ds.sparse.sparse_linear import SparseLayer
 
 
@@ -37,6 +38,8 @@ class StateItem:
     """Elements of the parameter that one element of the tensor stands for: of a list of blocks of weights."""
     is_master: bool = False
     """The slice is one of the master weights: the copy that is gathered is written with it."""
+    compact_layer: SparseLayer | None = None
+    """Of indices that are stored compactly: whose they are. `local` is then a decoded copy, or nothing to restore."""
 
     @property
     def own_range(self) -> tuple[int, int]:
@@ -57,6 +60,8 @@ def state_items(
     master: MasterWeights,
     weight_states: Mapping[str, Sequence[Tensor]],
     num_steps: int,
+    *,
+    to_restore: bool,
 ) -> list[StateItem]:
     """All tensors that train and their state, in the same order on every rank.
 
@@ -66,20 +71,12 @@ def state_items(
         master: the engine's master weights.
         weight_states: state name -> flat tensors like `master.flats` (`exp_avg`, ...); integers among them are steps.
         num_steps: the largest of them there can be.
+        to_restore: they are to be written into, else saved.
+
+    Memory: to save compact indices 4 bytes per active weight of this rank's part; else nothing (views).
+    Collectives: none; to save compact indices one all-gather a layer, see `own_indices`.
     """
-    items: list[StateItem] = []
-    for name, layer in layers.items():
-        items.append(
-            StateItem(
-                f"{name}.indices",
-                layer.values,
-                own_indices(layer),
-                layer.num_active // layer.layout.block_elements,
-                limit=layer.layout.num_positions,
-                ascending=True,
-                unit=layer.layout.block_elements,
-            )
-        )
+    items = [_indices_item(name, layer, to_restore) for name, layer in layers.items()]
     trained = {f"{name}.values": layer.values for name, layer in layers.items()} | dict(dense)
     num_active = {f"{name}.values": layer.num_active for name, layer in layers.items()}
     for name, parameter in trained.items():
@@ -92,8 +89,26 @@ def state_items(
     return items
 
 
+def _indices_item(name: str, layer: SparseLayer, to_restore: bool) -> StateItem:
+    layout = layer.layout
+    decodes_nothing = to_restore and are_compact(layer)
+    return StateItem(
+        f"{name}.indices",
+        layer.values,
+        torch.empty(0, dtype=layout.index_dtype) if decodes_nothing else own_indices(layer),
+        layer.num_active // layout.block_elements,
+        limit=layout.num_positions,
+        ascending=True,
+        unit=layout.block_elements,
+        compact_layer=layer if are_compact(layer) else None,
+    )
+
+
 def restore_items(items: Sequence[StateItem], checkpoint: Checkpoint) -> None:
-    """Every rank reads its own slices. The caller releases gathered parameters afterwards. Collectives: none.
+    """Every rank reads its own slices, and of compact indices all. The caller releases gathered parameters afterwards.
+
+    Memory: the largest slice; with compact indices those of the largest matrix.
+    Collectives: none.
 
     Raises:
         UserError: a tensor is missing, has another size or dtype, or holds what it cannot hold. Some tensors may have
@@ -101,13 +116,18 @@ def restore_items(items: Sequence[StateItem], checkpoint: Checkpoint) -> None:
     """
     for item in items:
         check_entry(checkpoint, item.name, item.local.dtype, item.num_elements)
-        start, number = item.own_range
+        # What a rank holds of a bit vector depends on the indices of others.
+        start, number = item.own_range if item.compact_layer is None else (0, item.num_elements)
         # With the last element of the rank before, so that all ranks together have compared all neighbours.
         before = 1 if item.ascending and start and number else 0
         piece = checkpoint.read(item.name, start - before, number + before) if number else item.local[:0]
         problem = find_problem(piece, item.limit, item.ascending)
         if problem:
             raise UserError(f"checkpoint {checkpoint.folder}: tensor {item.name!r} {problem}. Use another checkpoint.")
+        if item.compact_layer is not None:
+            num_slots = item.compact_layer.layout.num_index_slots
+            write_indices(item.compact_layer, F.pad(piece, (0, num_slots - number)))
+            continue
         targets = [item.local, local_partition(item.parameter)] if item.is_master else [item.local]
         for target in targets:
             target[:number].copy_(piece[before:])

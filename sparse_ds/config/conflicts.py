@@ -27,6 +27,7 @@ METHOD_KEYS = (
     "density",
     "target_modules",
     "block_size",
+    "index_storage",
     "interval_steps",
     "estimation_steps",
     "initial_drop_fraction",
@@ -133,6 +134,11 @@ def _method_conflicts(method: MethodConfig, sections: Mapping[str, Any]) -> Iter
                     f"export.adapters: got {export.adapters}, but PEFT's formats hold no deltas of biases or norms "
                     f"(method.{key}). Leave one of the two out; the merged model has them."
                 )
+    if method.index_storage == "compact" and method.block_shape != (1, 1):
+        yield (
+            f"method.index_storage: got compact, expected int32 with method.block_size {method.block_size}: a whole "
+            "block has one position, which takes next to nothing. Leave one of the two out."
+        )
     if facts.events == "repeated" and method.interval_steps <= method.estimation_steps:
         yield (
             f"method.interval_steps: got {method.interval_steps}, expected more than method.estimation_steps "

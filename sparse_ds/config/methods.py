@@ -39,6 +39,9 @@ class MethodFacts:
         used = {"name", *self.keys}
         if not self.trains_all:
             used |= {"density", "target_modules", "block_size"}
+        if not self.trains_all and self.optimizer == "adamw":
+            # SM3 reads the plain indices in every step: it would keep them besides.
+            used |= {"index_storage"}
         if self.events != "none":
             used |= {"estimation_steps"}
         if self.events == "repeated":

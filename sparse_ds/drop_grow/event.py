@@ -43,7 +43,7 @@ from sparse_ds.selection.drop import smallest_magnitude
 from sparse_ds.selection.evidence import Evidence
 from sparse_ds.selection.registry import Growth, select, select_resized, without
 from sparse_ds.sparse.index_hash import IndexHash
-from sparse_ds.sparse.index_storage import own_indices, write_indices
+from sparse_ds.sparse.index_storage import Piece, indices_of_pieces, stored_pieces, write_indices
 from sparse_ds.sparse.sparse_linear import SparseLinear
 
 Accumulators = Callable[[str], tuple[Tensor, Tensor]]
@@ -219,24 +219,31 @@ class DropAndGrow:
     def _gather_all(self, states: States) -> Iterator[tuple[str, _Gathered]]:
         """Every tensor, a batch gathered at a time."""
         for batch in batches_to_gather(self._layers, lambda name: self._bytes_of(name, len(states))):
-            parameters, partitions, units = [], [], []
-            for name in batch:
-                layer = self._layers[name]
-                block = layer.layout.block_elements
-                own = [own_indices(layer), self._master.view(layer.values)]
-                own += [self._master.view(layer.values, flats) for flats in states.values()]
-                if self._has_sums:
-                    assert self._estimation is not None
-                    sums = self._estimation.sums(name)
-                    own += [sums.indices, sums.gradient, sums.gradient_square]
-                partitions += own
-                parameters += [layer.values] * len(own)
-                # Indices and candidates are blocks, all else is per weight.
-                units += [block if part is own[0] or (self._has_sums and part is own[-3]) else 1 for part in own]
-            gathered = gather_partitions(parameters, partitions, self._device, units)
-            width = len(gathered) // len(batch)
-            for position, name in enumerate(batch):
-                yield name, self._unpack(name, gathered[position * width : (position + 1) * width], states)
+            own = {name: self._pieces(name, states) for name in batch}
+            pieces = [piece for of_tensor in own.values() for piece in of_tensor]
+            gathered = gather_partitions(
+                [piece.parameter for piece in pieces],
+                [piece.partition for piece in pieces],
+                self._device,
+                [piece.unit for piece in pieces],
+            )
+            position = 0
+            for name, of_tensor in own.items():
+                yield name, self._unpack(name, gathered[position : position + len(of_tensor)], states)
+                position += len(of_tensor)
+
+    def _pieces(self, name: str, states: States) -> list[Piece]:
+        """In the order in which `_unpack` takes them."""
+        layer = self._layers[name]
+        values = layer.values
+        pieces = [Piece(values, self._master.view(values))]
+        pieces += [Piece(values, self._master.view(values, flats)) for flats in states.values()]
+        if self._has_sums:
+            assert self._estimation is not None
+            sums = self._estimation.sums(name)
+            pieces.append(Piece(values, sums.indices, layer.layout.block_elements))
+            pieces += [Piece(values, sums.gradient), Piece(values, sums.gradient_square)]
+        return pieces + stored_pieces(layer)
 
     @property
     def _has_sums(self) -> bool:
@@ -244,13 +251,13 @@ class DropAndGrow:
 
     def _unpack(self, name: str, tensors: list[Tensor], states: States) -> _Gathered:
         layer, sums = self._layers[name], None
-        values, *rest = (tensor[: layer.num_active] for tensor in tensors[1 : 2 + len(states)])
+        values, *rest = (tensor[: layer.num_active] for tensor in tensors[: 1 + len(states)])
+        tensors = tensors[1 + len(states) :]
         if self._has_sums:
-            candidates, gradient, square = tensors[2 + len(states) :]
+            (candidates, gradient, square), tensors = tensors[:3], tensors[3:]
             num_slots = layer.layout.num_slots
             sums = candidates[: layer.layout.grid.num_slots], gradient[:num_slots], square[:num_slots]
-        indices = tensors[0][: layer.num_active // layer.layout.block_elements]
-        return _Gathered(indices, values, dict(zip(states, rest, strict=True)), sums)
+        return _Gathered(indices_of_pieces(layer, tensors), values, dict(zip(states, rest, strict=True)), sums)
 
     def _bytes_of(self, name: str, num_states: int) -> int:
         layout = self._layers[name].layout

@@ -39,6 +39,7 @@ from sparse_ds.model.stored_nf4 import is_bitsandbytes_nf4
 from sparse_ds.model.targets import find_norms, find_targets
 from sparse_ds.selection.bernoulli_subset import bernoulli_subset
 from sparse_ds.selection.random_subset import random_subset
+from sparse_ds.sparse.index_storage import IndexStorage, new_index_tensors
 from sparse_ds.sparse.layout import SparseLayout, num_active_weights
 from sparse_ds.sparse.sparse_linear import SparseLinear
 from sparse_ds.sparse.sparse_vector import SparseLayerNorm, SparseRMSNorm, SparseVector
@@ -63,6 +64,8 @@ class SparseSettings:
     """Entries of the target layers' biases train too."""
     train_norms: bool = False
     """Entries of the weights of all norms train too."""
+    index_storage: IndexStorage = "int32"
+    """How the indices of the target matrices are stored; those of biases and norms are int32."""
 
 
 def read_architecture(checkpoint: BaseCheckpoint) -> PretrainedConfig:
@@ -328,7 +331,7 @@ class _SparseMaker:
         else:
             tensors["weight"] = self._empty((layout.num_rows, layout.num_cols), self.base.dtype)
         self.made[f"{name}.weight"] = dict(tensors)
-        tensors |= self._deltas(name)
+        tensors |= self._deltas(name, self.sparse.index_storage)
         sparse_bias, bias_name = None, f"{name}.bias"
         if bias_layout is not None:
             make = _SparseMaker(bias_layout, self.base, self.sparse, self.partitioned, self.made)
@@ -353,18 +356,18 @@ class _SparseMaker:
         """Of a `SparseVector`; its base is in the dtype of the model, also under a quantized one."""
         weight = self._empty((self.layout.num_rows,), self.base.dtype)
         self.made[tensor_name] = {"weight": weight}
-        return {"weight": weight, **self._deltas(name)}
+        return {"weight": weight, **self._deltas(name, "int32")}
 
-    def _deltas(self, name: str) -> dict[str, Parameter]:
+    def _deltas(self, name: str, index_storage: IndexStorage) -> dict[str, Parameter]:
         layout = self.layout
         indices_U = initial_indices(layout, self.sparse, name)
-        indices_S = F.pad(indices_U, (0, layout.num_index_slots - indices_U.numel())).to(layout.index_dtype)
-        return {
-            "indices": self.partitioned.make(
-                (layout.num_index_slots,), layout.index_dtype, slice_of(indices_S), requires_grad=False
-            ),
-            "values": self.partitioned.make((layout.num_stored,), torch.float32, requires_grad=True),
+        indices_S = F.pad(indices_U, (0, layout.num_index_slots - indices_U.numel()))
+        stored = new_index_tensors(indices_S, layout, indices_U.numel(), index_storage)
+        made = {
+            tensor_name: self.partitioned.make(tuple(whole.shape), whole.dtype, slice_of(whole), requires_grad=False)
+            for tensor_name, whole in stored.items()
         }
+        return {**made, "values": self.partitioned.make((layout.num_stored,), torch.float32, requires_grad=True)}
 
     def _empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Parameter:
         return self.partitioned.make(shape, dtype, requires_grad=False)

@@ -6,6 +6,7 @@
     absmax      [ceil(N / 64)] fp32 or uint8        no       partitioned   NF4 base (`kernels.nf4`)
     nested_statistics  [...] fp32, optional         no       partitioned  /
     indices     [S / e] int32 or int64, ascending   no       partitioned   (e weights a block, `SparseLayout`)
+    index_low_bytes, index_high_bits   uint8        no       partitioned   instead of them, `sparse.compact_indices`
     values      [S] fp32                            yes      partitioned
     bias        [O], optional                       no       partitioned   (or a `SparseVector` of its own)
 
@@ -38,12 +39,17 @@ from sparse_ds.kernels.apply_deltas import apply_deltas_, deltas_applied, hidden
 from sparse_ds.kernels.crossover import AUTO, PathChoice
 from sparse_ds.kernels.nf4 import dequantize_nf4
 from sparse_ds.kernels.product_operands import InputUse, ProductOperands, use_input
+from sparse_ds.sparse.compact_indices import decode_indices
 from sparse_ds.sparse.gradient_at import gradient_at
 from sparse_ds.sparse.layout import SparseLayout
 from sparse_ds.sparse.sparse_vector import SparseVector
 
 ObserveGradient = Callable[[ProductOperands], None]
 """`observe(operands)`: what the dense weight gradient is made of; not to be kept beyond the call."""
+
+
+BASE_TENSORS = ("weight", "packed", "absmax", "nested_statistics")
+INDEX_TENSORS = ("indices", "index_low_bytes", "index_high_bits")
 
 
 class SparseLinear(nn.Module):
@@ -60,7 +66,9 @@ class SparseLinear(nn.Module):
     packed: Parameter | None
     absmax: Parameter | None
     nested_statistics: Parameter | None
-    indices: Parameter
+    indices: Parameter | None
+    index_low_bytes: Parameter | None
+    index_high_bits: Parameter | None
     values: Parameter
     bias: Parameter | SparseVector | None
 
@@ -87,7 +95,7 @@ class SparseLinear(nn.Module):
         """How the gradient of the values is computed."""
         self._row_boundaries: dict[int, list[int]] = {}
         self._tile_begins: Tensor | None = None
-        for name in ("weight", "packed", "absmax", "nested_statistics", "indices", "values"):
+        for name in (*BASE_TENSORS, *INDEX_TENSORS, "values"):
             self.register_parameter(name, tensors.get(name))
         if sparse_bias is None:
             self.register_parameter("bias", tensors.get("bias"))
@@ -108,8 +116,15 @@ class SparseLinear(nn.Module):
 
     @property
     def active_indices(self) -> Tensor:
-        """[K / e] of the gathered indices."""
-        return self.indices.data[: self.num_active // self.layout.block_elements]
+        """[K / e] of the gathered indices; decoded anew at every access where they are stored compactly."""
+        num_active = self.num_active // self.layout.block_elements
+        if self.indices is not None:
+            return self.indices.data[:num_active]
+        assert self.index_low_bytes is not None and self.index_high_bits is not None
+        layout, low_bytes_S = self.layout, self.index_low_bytes.data
+        return decode_indices(
+            low_bytes_S[:num_active], self.index_high_bits.data, layout.num_index_slots, layout.index_dtype
+        )
 
     def indices_changed(self) -> None:
         """To be called after every change of `indices` or `num_active`: what is known about them is dropped."""
@@ -126,9 +141,13 @@ class SparseLinear(nn.Module):
         return self._row_boundaries[rows_per_block]
 
     @contextmanager
-    def merged_weight(self) -> Iterator[Tensor]:
-        """Within the context: W' [O, I]. Parameters must be gathered. A dense base is edited and restored."""
-        indices_K, values_K = self.active_indices, self.values.data[: self.num_active]
+    def merged_weight(self, active_indices: Tensor | None = None) -> Iterator[Tensor]:
+        """Within the context: W' [O, I]. Parameters must be gathered. A dense base is edited and restored.
+
+        `active_indices`: those of the layer, where they are at hand.
+        """
+        indices_K = self.active_indices if active_indices is None else active_indices
+        values_K = self.values.data[: self.num_active]
         if self.layout.block_elements > 1:
             indices_K, values_K = self.layout.strips_of(indices_K), values_K.view(-1, self.layout.block_cols)
         if self.packed is not None:
@@ -181,18 +200,18 @@ class _SparseLinearFunction(torch.autograd.Function):
         layer: SparseLinear = ctx.layer
         layout = layer.layout
         grad_input = grad_values = grad_bias = None
+        indices_U = layer.active_indices if ctx.needs_input_grad[0] or ctx.needs_input_grad[1] else None
         if ctx.needs_input_grad[0]:
-            with layer.merged_weight() as weight_OI:
+            with layer.merged_weight(indices_U) as weight_OI:
                 grad_input = grad_output.matmul(weight_OI)
         if ctx.needs_input_grad[1]:
+            assert indices_U is not None
             operands = ProductOperands(
                 grad_output.reshape(-1, layout.num_rows), input.reshape(-1, layout.num_cols), ctx.input_use
             )
             if layer.observe_gradient is not None:
                 layer.observe_gradient(operands)
-            grad_values = gradient_at(
-                layout, operands, layer.active_indices, layer.row_boundaries, choice=layer.path_choice
-            )
+            grad_values = gradient_at(layout, operands, indices_U, layer.row_boundaries, choice=layer.path_choice)
             operands.done()
             if layout.num_stored > layer.num_active:
                 grad_values = F.pad(grad_values, (0, layout.num_stored - layer.num_active))

@@ -106,7 +106,8 @@ class RunCheckpoints:
             heldout_loss: measured after this step, if it was.
 
         Memory: in the background a copy of this rank's part on the host, else one tensor.
-        Collectives: those of `CheckpointWrite`, two agreements and a gather; every rank must call it.
+        Collectives: those of `CheckpointWrite` and of `EngineState.slices`, two agreements and a gather; every rank
+        must call it.
 
         Raises:
             UserError: writing failed (disk full) and `checkpoint.on_save_error` is `stop`; earlier ones stay.
@@ -205,6 +206,8 @@ class RunCheckpoints:
     def _collect(
         self, write: CheckpointWrite, step: int, report: dict[str, Any], heldout_loss: float | None
     ) -> _Saving:
+        # First, before anything that may fail on one rank only: it may communicate.
+        slices = [*self._engine.slices(step), *self._progress.slices()]
         best = self.best
         if heldout_loss is not None and heldout_loss < (float("inf") if best is None else best.heldout_loss):
             best = Best(step=step, heldout_loss=heldout_loss)
@@ -213,7 +216,6 @@ class RunCheckpoints:
         ).model_dump()
         # Rank 0 writes it.
         trainer_state = self._progress.state_text() if process_group.rank() == 0 else ""
-        slices = [*self._engine.slices(step), *self._progress.slices()]
         if self._settings.background:
             slices = copy_to_host(slices)
         return _Saving(write, slices, IndexContent(self._identity, state, trainer_state), best)

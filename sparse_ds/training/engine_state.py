@@ -74,9 +74,10 @@ class EngineState:
     def slices(self, step: int) -> list[SavedSlice]:
         """This rank's part of all tensors; views where the state is fp32. `step`: optimizer steps done.
 
-        Memory: 8 bytes per weight of this rank's part where moments are stored in fewer bits.
+        Memory: 8 bytes per weight of this rank's part where moments are stored in fewer bits, 4 where indices are.
+        Collectives: none; with compact indices those of `own_indices`, and every rank must call it.
         """
-        saved = [item.saved() for item in self._items(self._states(), step)]
+        saved = [item.saved() for item in self._items(self._states(), step, to_restore=False)]
         if isinstance(self.optimizer, SparseSM3):
             for name in self.optimizer.accumulator_names:
                 pair = self.optimizer.row_accumulator(name), self.optimizer.col_accumulator(name)
@@ -112,7 +113,7 @@ class EngineState:
         if self.estimation is not None and counters.num_counted_steps:
             self.estimation.restore_phase(counters.num_counted_steps)
         states = self._states()
-        items = self._items(states, step)
+        items = self._items(states, step, to_restore=True)
         restore_items(items, checkpoint)
         for layer in self.layers.values():
             layer.indices_changed()
@@ -150,8 +151,8 @@ class EngineState:
         if problem:
             raise UserError(f"checkpoint {checkpoint.folder}: {problem}. Use another checkpoint.")
 
-    def _items(self, states: Mapping[str, list[Tensor]], step: int) -> list[StateItem]:
-        items = state_items(self.layers, self.dense, self.master, states, step)
+    def _items(self, states: Mapping[str, list[Tensor]], step: int, *, to_restore: bool) -> list[StateItem]:
+        items = state_items(self.layers, self.dense, self.master, states, step, to_restore=to_restore)
         for name, sums in ({} if self.estimation is None else self.estimation.saved_slices()).items():
             values, layout = self.layers[name].values, self.layers[name].layout
             size = layout.num_slots

@@ -11,8 +11,8 @@ from sparse_ds.distributed import process_group
 from sparse_ds.model.base_checkpoint import BaseCheckpoint
 from sparse_ds.training.setup import PreparedModel
 
-FREE_METHOD_KEYS = ("gradient_tile_mib", "gradient_accumulator_limit_gib")
-"""Keys of `method` that bound memory and change no number."""
+FREE_METHOD_KEYS = ("gradient_tile_mib", "gradient_accumulator_limit_gib", "index_storage")
+"""Keys of `method` that are about memory and change no number."""
 
 
 def run_identity(

@@ -17,7 +17,7 @@ from sparse_ds.export.classifier import classifier_config
 from sparse_ds.export.model_card import dense_model_card
 from sparse_ds.model.base_checkpoint import BaseCheckpoint
 from sparse_ds.model.weights_hash import weights_hash
-from sparse_ds.sparse.index_storage import own_indices
+from sparse_ds.sparse.index_storage import Piece, indices_of_pieces, stored_pieces
 from sparse_ds.training.setup import PreparedModel
 
 
@@ -70,15 +70,16 @@ def save_deltas(
     gathered: list[tuple[str, Tensor, Tensor]] = []
     dense: dict[str, Tensor] = {}
     for name, layer in layers.items():
-        indices_U, values_K = gather_partitions(
-            [layer.values, layer.values],
-            [own_indices(layer), master.view(layer.values)],
+        pieces = [*stored_pieces(layer), Piece(layer.values, master.view(layer.values))]
+        *whole, values_K = gather_partitions(
+            [piece.parameter for piece in pieces],
+            [piece.partition for piece in pieces],
             device,
-            [layer.layout.block_elements, 1],
+            [piece.unit for piece in pieces],
         )
         if process_group.rank() == 0:
-            num_active, num_blocks = layer.num_active, layer.num_active // layer.layout.block_elements
-            indices_K, values_K = layer.layout.sorted_weights(indices_U[:num_blocks].cpu(), values_K[:num_active].cpu())
+            indices_U = indices_of_pieces(layer, whole).cpu()
+            indices_K, values_K = layer.layout.sorted_weights(indices_U, values_K[: layer.num_active].cpu())
             gathered.append((name, indices_K, values_K))
     for name, parameter in prepared.dense_parameters.items():
         (flat,) = gather_partitions([parameter], [master.view(parameter)], device)

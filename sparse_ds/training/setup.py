@@ -47,7 +47,7 @@ from sparse_ds.optim.sm3 import SparseSM3
 from sparse_ds.optim.sparse_adamw import SparseAdamW
 from sparse_ds.selection.registry import find_growth
 from sparse_ds.selection.schedule import is_event, num_to_replace
-from sparse_ds.sparse.index_storage import own_indices
+from sparse_ds.sparse.index_storage import index_parameters, own_indices
 from sparse_ds.sparse.layout import SparseLayout
 from sparse_ds.sparse.sparse_linear import SparseLayer, SparseLinear
 
@@ -78,7 +78,7 @@ class PreparedModel:
     @property
     def frozen_parameters(self) -> dict[str, Parameter]:
         """Name -> parameter of the base, as it was loaded; indices are not among them."""
-        indices = {id(layer.indices) for layer in self.layers.values()}
+        indices = {id(each) for layer in self.layers.values() for each in index_parameters(layer).values()}
         named = self.model.named_parameters()
         return {name: each for name, each in named if not each.requires_grad and id(each) not in indices}
 
@@ -172,6 +172,7 @@ def sparse_settings(config: RunConfig) -> SparseSettings:
         slots_per_active=method.redistribution_factor or 1.0,
         train_biases=method.train_biases,
         train_norms=method.train_norms,
+        index_storage=method.index_storage,
     )
 
 

@@ -23,6 +23,7 @@ from sparse_ds.distributed.process_group import world_size
 from sparse_ds.distributed.zero3_partitions import MasterWeights, full_size
 from sparse_ds.model.base_tensors import BaseSettings
 from sparse_ds.model.build import SparseSettings, build_sparse_model, plan_layouts
+from sparse_ds.sparse.index_storage import IndexStorage, index_parameters
 from sparse_ds.sparse.sparse_linear import SparseLayer
 from sparse_ds.training.setup import bind_optimizer, gather_blocks, make_optimizer
 
@@ -41,6 +42,7 @@ class Case:
     quantization: str
     gradient_checkpointing: bool
     by_block: bool = True
+    index_storage: IndexStorage = "int32"
 
 
 @dataclass
@@ -53,6 +55,8 @@ class Recorded:
     other_bytes: float = 0.0
     base_bytes: float = 0.0
     """To gather the frozen base once."""
+    index_bytes: float = 0.0
+    """To gather the indices once."""
     num_active: int = 0
     num_blocks: int = NUM_BLOCKS
     num_linears: int = 0
@@ -136,7 +140,7 @@ def start(case: Case) -> tuple[Any, nn.Module, dict[str, SparseLayer]]:
             )
         ).to(torch.bfloat16)
     base = BaseSettings(torch.bfloat16, nf4=case.quantization == "nf4", double_quantization=False, attention="eager")
-    sparse = SparseSettings("all-linear", DENSITY, seed=0)
+    sparse = SparseSettings("all-linear", DENSITY, seed=0, index_storage=case.index_storage)
     build_sparse_model(model, plan_layouts(model, sparse), base, sparse, PartitionedParameters())
     layers = {name: module for name, module in model.named_modules() if isinstance(module, SparseLayer)}
     block = None
@@ -182,7 +186,9 @@ def record(case: Case) -> Recorded:
             recorded.reduced_bytes += num_bytes * others / world_size()
         else:
             recorded.other_bytes += 2 * num_bytes * others / world_size()
-    deltas = {id(parameter) for layer in layers.values() for parameter in (layer.indices, layer.values)}
+    indices = [parameter for layer in layers.values() for parameter in index_parameters(layer).values()]
+    recorded.index_bytes = sum(p.ds_tensor.nbytes for p in indices) * others
+    deltas = {id(parameter) for parameter in [*indices, *(layer.values for layer in layers.values())]}
     frozen = [parameter for parameter in model.parameters() if id(parameter) not in deltas]
     recorded.base_bytes = sum(p.ds_tensor.nbytes for p in frozen) * others
     recorded.num_active = sum(full_size(layer.values) for layer in layers.values())

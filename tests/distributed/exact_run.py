@@ -26,7 +26,7 @@ from sparse_ds.drop_grow.event import EventRecord
 from sparse_ds.drop_grow.weight_states import WeightStates
 from sparse_ds.optim.sm3 import SparseSM3
 from sparse_ds.selection.random_subset import random_subset
-from sparse_ds.sparse.index_storage import own_indices
+from sparse_ds.sparse.index_storage import IndexStorage, new_index_tensors, own_indices
 from sparse_ds.sparse.layout import SparseLayout
 from sparse_ds.sparse.sparse_linear import SparseLinear
 from sparse_ds.training.callbacks import MergeAccumulators, RunEvents
@@ -101,7 +101,7 @@ class ExactRun:
                 block_cols,
                 padding_slots=-num_slots % world_size() * size if size > 1 else 0,
             )
-            self.layers[name] = make_layer(partitioned, layout, name)
+            self.layers[name] = make_layer(partitioned, layout, name, config.method.index_storage)
         model = ParallelLinears(self.layers)
         trained = [layer.values for layer in self.layers.values()]
         optimizer = make_optimizer(config, trained)
@@ -124,6 +124,8 @@ class ExactRun:
             config, self.optimizer, self.layers, self.master, self.weight_states, self.estimation, CPU
         )
         self.records: list[EventRecord] = []
+        self.losses: list[float] = []
+        """Of this rank, by micro batch."""
         schedule = EventSchedule(config, self.layers, self.steps)
         self.callbacks: list[Any] = [
             RunEvents(
@@ -148,7 +150,9 @@ class ExactRun:
         accumulation = self.config.train.gradient_accumulation_steps or 1
         for micro_step in range(accumulation):
             x, weights = self.batch(step * accumulation + micro_step)
-            self.engine.backward(self.engine(x, weights))
+            loss = self.engine(x, weights)
+            self.losses.append(float(loss.detach()))
+            self.engine.backward(loss)
             self.engine.step()
         self._call("on_optimizer_step", step - 1)
         self._call("on_step_end", step)
@@ -193,7 +197,9 @@ class ExactRun:
             getattr(callback, event)(None, SimpleNamespace(global_step=global_step), None)
 
 
-def make_layer(partitioned: PartitionedParameters, layout: SparseLayout, name: str) -> SparseLinear:
+def make_layer(
+    partitioned: PartitionedParameters, layout: SparseLayout, name: str, storage: IndexStorage = "int32"
+) -> SparseLinear:
     """Over a base of zeros (the loss is linear: the base has no effect on any gradient)."""
     indices = random_subset(layout.grid.num_elements, layout.grid.num_active, seed=0, name=name).int()
     indices = F.pad(indices, (0, layout.num_index_slots - indices.numel()))
@@ -201,9 +207,10 @@ def make_layer(partitioned: PartitionedParameters, layout: SparseLayout, name: s
         "weight": partitioned.make(
             (layout.num_rows, layout.num_cols), torch.float32, lambda partition, start: None, requires_grad=False
         ),
-        "indices": partitioned.make((layout.num_index_slots,), torch.int32, slice_of(indices), requires_grad=False),
         "values": partitioned.make(
             (layout.num_stored,), torch.float32, lambda partition, start: None, requires_grad=True
         ),
     }
+    for tensor_name, whole in new_index_tensors(indices, layout, layout.grid.num_active, storage).items():
+        tensors[tensor_name] = partitioned.make(tuple(whole.shape), whole.dtype, slice_of(whole), requires_grad=False)
     return SparseLinear(layout, torch.float32, tensors)

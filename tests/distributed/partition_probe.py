@@ -13,7 +13,7 @@ from typing import Any
 import deepspeed
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -125,10 +125,10 @@ class PartitionProbe(TrainerCallback):
         """The dense weight is built where the parameters are gathered: in forward, recomputation and backward."""
         merged_weight = layer.merged_weight
 
-        def counted() -> Any:
+        def counted(active_indices: Tensor | None = None) -> Any:
             self._count_gathered()
             self._report.num_backward_samples += torch._C._current_graph_task_id() != -1
-            return merged_weight()
+            return merged_weight(active_indices)
 
         layer.merged_weight = counted  # type: ignore[method-assign]
 

@@ -42,18 +42,27 @@ CASES: dict[str, dict[str, Any]] = {
     "sft_ag, blocks": {"name": "sft_ag", **EVENTS, "drop_schedule": "constant", "block_size": [2, 4]},
     "sft_ma, blocks": {"name": "sft_ma", **EVENTS, "drop_schedule": "constant", "block_size": [1, 4]},
 }
+ALTERNATING = "sft_ag, change, redistribution, indices stored in turns"
+"""The first and the third part of the chain store them compactly; the run that never stops does not."""
+CASES[ALTERNATING] = {"name": "sft_ag", **EVENTS, "drop_criterion": "change", "redistribution_factor": 1.75}
+COMPACT_UNTIL = (5, 11)
+"""Last steps of those parts."""
 BYTES_PER_WEIGHT = {
     "sft_ag": (20, 12),
     "sft_ag, step, change, redistribution": (24, 12),
     "sft_ma": (12, 0),
     "sft_ag, blocks": (16 + 4 / 8, 8 + 4 / 8),
     "sft_ma, blocks": (8 + 4 / 4, 0),
+    ALTERNATING: (24, 12),
 }
 """Of indices, values and state; and of an estimation phase."""
 
 
-def make_run(case: str) -> tuple[ExactRun, EngineState]:
-    config = run_config(CASES[case], num_ranks=world_size(), accumulation=2, steps=STEPS, density=0.11)
+def make_run(case: str, last_step: int = STEPS) -> tuple[ExactRun, EngineState]:
+    method = CASES[case]
+    if case == ALTERNATING and last_step in COMPACT_UNTIL:
+        method = {**method, "index_storage": "compact"}
+    config = run_config(method, num_ranks=world_size(), accumulation=2, steps=STEPS, density=0.11)
     run = ExactRun(config)
     return run, EngineState(run.layers, {}, run.master, run.optimizer, run.weight_states, run.estimation)
 
@@ -79,7 +88,7 @@ def run_parts(folder: str, last_step: int) -> dict[str, dict[str, Any]]:
     """Every case from its newest checkpoint, if there is one, to `last_step`, saved there."""
     outcomes = {}
     for case in CASES:
-        run, engine = make_run(case)
+        run, engine = make_run(case, last_step)
         done = restore(run, engine, Path(folder) / case) if (Path(folder) / case).exists() else 0
         for step in range(done + 1, last_step + 1):
             run.train_step(step)

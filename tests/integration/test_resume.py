@@ -117,13 +117,14 @@ def test_auto_passes_over_a_damaged_checkpoint(work: Path, checkpointed_run: Fin
         assert (work / "run" / path).read_bytes() == (checkpointed_run.folder / path).read_bytes()
 
 
-def run_and_go_on(work: Path, step: int, *settings: str) -> tuple[FinishedRun, FinishedRun]:
-    """A run of SFT-AG or as `settings` say, and the same run gone on from one of its checkpoints in another folder."""
+def run_and_go_on(work: Path, step: int, *settings: str, then: tuple[str, ...] = ()) -> tuple[FinishedRun, FinishedRun]:
+    """A run of SFT-AG or as `settings` say, and the same run gone on from one of its checkpoints in another folder,
+    with the settings `then` besides."""
     kept = [word for word in RUN_ARGUMENTS if word.startswith(("data.", "train.", "monitor."))]
     lengths = ("train.max_steps=8", "checkpoint.interval_steps=2", "checkpoint.keep=5", "export.merged=false")
     arguments = ["--config", "zero3_sft_ag", *set_words([*kept, *lengths, *settings, "train.output_dir=first"])]
     assert [rank.exit_code for rank in train_in_forks([arguments] * 2, [work] * 2)] == [0, 0]
-    again = [*arguments, *set_words(["train.output_dir=again"]), "--resume", f"first/checkpoint-{step}"]
+    again = [*arguments, *set_words(["train.output_dir=again", *then]), "--resume", f"first/checkpoint-{step}"]
     assert [rank.exit_code for rank in train_in_forks([again] * 2, [work] * 2)] == [0, 0]
     return FinishedRun.read(work / "first"), FinishedRun.read(work / "again")
 
@@ -149,6 +150,23 @@ def test_the_middle_of_an_estimation_phase(work: Path, settings: list[str]) -> N
     assert first.by_step("event", "dropped")[7] > 0
     assert again.losses == after(6, first.losses)
     assert (again.folder / ADAPTER).read_bytes() == (first.folder / ADAPTER).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("storage", "then"), [("compact", "int32"), pytest.param("int32", "compact", marks=pytest.mark.slow)]
+)
+def test_the_storage_of_indices_is_no_part_of_a_run(work: Path, storage: str, then: str) -> None:
+    """SFT-AG in the middle of an estimation phase."""
+    events = ("method.interval_steps=5", "method.estimation_steps=2")
+    settings = [f"method.index_storage={each}" for each in (storage, then)]
+    first, again = run_and_go_on(work, 6, *events, settings[0], then=(settings[1],))
+    assert tuple(first.index_hashes) == (2, 7) and again.index_hashes == after(6, first.index_hashes)
+    assert [run.config["method"]["index_storage"] for run in (first, again)] == [storage, then]
+    assert again.losses == after(6, first.losses)
+    assert (again.folder / ADAPTER).read_bytes() == (first.folder / ADAPTER).read_bytes()
+    for state in ("state-00001-of-00002.safetensors", "state-00002-of-00002.safetensors"):
+        path = Path("checkpoint-8") / state
+        assert (again.folder / path).read_bytes() == (first.folder / path).read_bytes()
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ VALUES: dict[str, Any] = {
     "method.density": 0.1,
     "method.target_modules": ["q_proj"],
     "method.block_size": [1, 16],
+    "method.index_storage": "compact",
     "method.interval_steps": 30,
     "method.estimation_steps": 4,
     "method.initial_drop_fraction": 0.3,
@@ -42,7 +43,7 @@ VALUES: dict[str, Any] = {
 REPEATED = {"interval_steps", "estimation_steps", "initial_drop_fraction", "drop_schedule", "drop_criterion"}
 REPEATED |= {"redistribution_factor", "first_drop_fraction"}
 DENSE_GRADIENT = {"gradient_tile_mib", "gradient_accumulator_limit_gib"}
-ADAMW = {"betas", "moments", "age_warmup_steps"}
+ADAMW = {"betas", "moments", "age_warmup_steps", "index_storage"}
 USED = {
     "sft_ag": REPEATED | DENSE_GRADIENT | ADAMW | {"candidate_source"},
     "sft_ma": REPEATED | {"random_growth_fraction", "momentum"},
@@ -133,7 +134,9 @@ def test_a_key_of_another_method_is_refused_at_its_default_too(method: str) -> N
 
 @pytest.mark.parametrize("method", all_methods())
 def test_a_resolved_configuration_holds_what_the_method_uses_and_loads_again(method: str) -> None:
-    used = {field.replace(".", "__"): value for field, value in VALUES.items() if uses(method, field.split(".")[1])}
+    # Blocks and compact indices exclude each other.
+    values = VALUES | {"method.index_storage": "int32"}
+    used = {field.replace(".", "__"): value for field, value in values.items() if uses(method, field.split(".")[1])}
     config = make(method, **used)
     written = config.to_dict()
     assert {key for key in METHOD_KEYS if key in written["method"]} == {k for k in METHOD_KEYS if uses(method, k)}
@@ -171,3 +174,11 @@ def test_a_run_of_every_weight_has_no_gradient_of_sparse_values() -> None:
 def test_a_crossover_where_nothing_is_chosen_is_refused() -> None:
     with pytest.raises(UserError, match="nothing is chosen by the density"):
         make("sft_ma", train__values_gradient="sampled", train__values_gradient_crossover=0.1)
+
+
+@pytest.mark.parametrize("block_size", [16, [1, 4]])
+def test_compact_indices_are_of_single_weights(block_size: Any) -> None:
+    with pytest.raises(UserError, match=r"method\.index_storage: got compact, expected int32 with method\.block_size"):
+        make("sft_ag", method__block_size=block_size, method__index_storage="compact")
+    assert make("sft_ag", method__block_size=1, method__index_storage="compact").method.index_storage == "compact"
+    assert make("sft_ag", method__block_size=block_size, method__index_storage="int32").method.index_storage == "int32"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from fractions import Fraction
@@ -24,10 +25,12 @@ from sparse_ds.model.build import (
     build_sparse_model,
     empty_model,
     plan_layouts,
+    plan_vector_layouts,
 )
 from sparse_ds.selection.bernoulli_subset import bernoulli_subset
 from sparse_ds.selection.random_subset import random_subset
-from sparse_ds.sparse.sparse_linear import SparseLinear
+from sparse_ds.sparse.index_storage import are_compact, index_parameters
+from sparse_ds.sparse.sparse_linear import SparseLayer, SparseLinear
 
 FP32 = BaseSettings(dtype=torch.float32, nf4=False, double_quantization=False, attention="eager")
 ALL = SparseSettings("all-linear", density=0.1, seed=3)
@@ -94,6 +97,27 @@ def test_spare_slots_lie_behind_the_active_weights(make_checkpoint: MakeCheckpoi
     expected = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     with torch.no_grad():
         assert torch.equal(model(TOKENS).logits, expected(TOKENS).logits)
+
+
+@pytest.mark.parametrize("slots_per_active", [1.0, 2.5])
+def test_compact_indices_are_the_same(make_checkpoint: MakeCheckpoint, whole: Any, slots_per_active: float) -> None:
+    """Those of matrices; a norm's stay int32."""
+    sparse = SparseSettings("all-linear", 0.3, seed=3, slots_per_active=slots_per_active, train_norms=True)
+    folder, layers = make_checkpoint(), []
+    for each in (sparse, dataclasses.replace(sparse, index_storage="compact")):
+        checkpoint = BaseCheckpoint(folder)
+        model = empty_model(checkpoint, FP32)
+        layouts = plan_layouts(model, each)
+        vectors = plan_vector_layouts(model, layouts, each)
+        build_sparse_model(model, layouts, FP32, each, whole, vectors)
+        layers.append({name: module for name, module in model.named_modules() if isinstance(module, SparseLayer)})
+    plain, compact = layers
+    assert plain.keys() == compact.keys() and len(plain) == 14 + 5
+    for name, layer in compact.items():
+        assert torch.equal(layer.active_indices, plain[name].active_indices)
+        assert layer.active_indices.dtype == torch.int32
+        assert are_compact(layer) == isinstance(layer, SparseLinear) != ("indices" in index_parameters(layer))
+        assert all(not parameter.requires_grad for parameter in index_parameters(layer).values())
 
 
 def test_a_matrix_has_no_more_slots_than_weights(make_checkpoint: MakeCheckpoint) -> None:
