@@ -43,7 +43,7 @@ def check(case: Case, recorded: Recorded, num_ranks: int) -> None:
     assert recorded.waits == {"aten::is_nonzero": 1, "aten::item": 1, "aten::_local_scalar_dense": 1}
 
 
-@pytest.mark.parametrize("num_ranks", [2, 4])
+@pytest.mark.parametrize("num_ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_bytes_messages_and_waits_of_a_micro_batch(num_ranks: int) -> None:
     cases = [*CASES, *COMPACT, BY_MODULE] if num_ranks == 2 else CASES[1:3]
     of_ranks: list[list[Recorded]] = run_ranks(num_ranks, record_all, cases)

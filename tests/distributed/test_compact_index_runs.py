@@ -97,7 +97,7 @@ def train_all() -> dict[str, list[dict[str, Any]]]:
     return found
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("num_ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_the_runs_are_the_same(num_ranks: int) -> None:
     for outcomes in run_ranks(num_ranks, train_all):
         for name, (plain, compact) in outcomes.items():

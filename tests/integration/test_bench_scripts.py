@@ -26,6 +26,7 @@ def test_bench_step(tmp_path: Path) -> None:
     assert "| values' gradient |" in output
 
 
+@pytest.mark.slow
 def test_bench_memory(tmp_path: Path) -> None:
     options = ["--rows", "floor", "sft_ag", "lora_0"]
     output, content = _run([sys.executable, "scripts/bench_memory.py"], options, tmp_path)

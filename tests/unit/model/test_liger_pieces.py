@@ -24,6 +24,7 @@ CPU = torch.device("cpu")
 
 
 @needs_liger
+@pytest.mark.slow
 def test_the_same_loss_and_gradients_in_the_interpreter() -> None:
     """In a process of its own: Triton asks for its interpreter when it is imported."""
     program = Path(__file__).with_name("interpreted_liger.py")
