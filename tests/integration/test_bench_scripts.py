@@ -46,7 +46,7 @@ def test_bench_step_on_two_ranks(tmp_path: Path) -> None:
     _, content = _run([*launch, "scripts/bench_step.py"], options, tmp_path)
     assert content["num_ranks"] == 2
     names = {row["name"] for row in content["rows"]}
-    assert names == {"floor", "sparta", "sft_ag", "sft_ma", "lora_0", "lora_0.1", "full"}
+    assert names == {"floor", "sparta", "sft_ag", "sft_ma", "sparta_compiled", "lora_0", "lora_0.1", "full"}
 
 
 def _run(command: list[str], options: list[str], folder: Path) -> tuple[str, Any]:
