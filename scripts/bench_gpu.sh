@@ -6,7 +6,7 @@
 #
 # It has not run on a GPU yet: only the rehearsal has. First every GPU kernel is compared with fp64 and with the plain
 # torch functions; if one is wrong, nothing is measured. Then layers of Llama-2-7B with random weights: no network, no
-# files of a model. A stage that overruns its time is cut off, and the next one begins.
+# files of a model. A stage that overruns its time is cut off, and the next one begins; the exit code is then 1.
 #
 # Uses the `python` in PATH (or PYTHON), with the packages of pyproject.toml and its extra `dev`. FOLDER gets report.md
 # (all tables), one *.json per stage, tests.log and errors.log.
@@ -22,6 +22,7 @@ fi
 folder="${1:-runs/bench_gpu}"
 python="${PYTHON:-python}"
 end=$((SECONDS + 525))
+unfinished=0
 mkdir -p "$folder"
 folder="$(cd "$folder" && pwd)"
 : >"$folder/errors.log"
@@ -39,6 +40,7 @@ stage() {
     shift 2
     if ((left < 10)); then
         printf '\n## %s\n\nnot run: the time is up\n' "$name" | tee -a "$folder/report.md"
+        unfinished=1
         return 1
     fi
     printf '\n## %s\n\n`%s`\n' "$name" "$*" | tee -a "$folder/report.md"
@@ -50,6 +52,7 @@ stage() {
         timeout --kill-after=5 "$limit" "$@"
     fi 2>>"$folder/errors.log" | tee -a "$folder/report.md"
     status=${PIPESTATUS[0]}
+    ((status == 0)) || unfinished=1
     printf '\n%s after %s s\n' "$( ((status == 0)) && echo done || echo "FAILED (exit code $status, see errors.log)")" \
         "$((SECONDS - begun))" | tee -a "$folder/report.md"
     return "$status"
@@ -115,6 +118,7 @@ if [[ $device == cuda ]]; then
     four=(--tokens 4x2048)
     all=(--densities 0.001 0.003 0.006 0.0125 0.023)
     density=0.006
+    blocks='[16,16]'
     memory_rows=(sparta sft_ag sft_ma lora_0.1)
 else
     kernels=(--device cpu --dtype float32 --shapes 64x64 --tokens 32 --densities 0.01 --optimizer-weights 1000 --rounds 1)
@@ -123,6 +127,7 @@ else
     four=(--tokens 4x16 --rounds 1)
     all=(--densities 0.02 0.05)
     density=0.02
+    blocks='[4,4]'
     memory_rows=(sparta lora_0.1)
 fi
 methods=(--rows floor sparta sft_ag sft_ma lora_0 lora_0.1)
@@ -133,7 +138,7 @@ stage 80 "Step, bf16, micro batch 1" "$python" scripts/bench_step.py "${step[@]}
 stage 60 "Step, NF4, micro batch 1" "$python" scripts/bench_step.py "${step[@]}" "${one[@]}" "${all[@]}" \
     "${methods[@]}" --dtype nf4 --json "$folder/step_nf4_1.json"
 stage 50 "Step, 16 x 16 blocks at the largest density" "$python" scripts/bench_step.py "${step[@]}" "${one[@]}" \
-    "${methods[@]}" --densities "${all[-1]}" --dtype bfloat16 --set 'block_size=[16,16]' \
+    "${methods[@]}" --densities "${all[-1]}" --dtype bfloat16 --set "block_size=$blocks" \
     --json "$folder/step_blocks.json"
 stage 60 "Step, bf16, micro batch 4" "$python" scripts/bench_step.py "${step[@]}" "${four[@]}" "${all[@]}" \
     "${methods[@]}" --dtype bfloat16 --json "$folder/step_bf16_4.json"
@@ -142,3 +147,4 @@ stage 50 "Step, NF4, micro batch 4" "$python" scripts/bench_step.py "${step[@]}"
     "${methods[@]}" --dtype nf4 --json "$folder/step_nf4_4.json"
 echo
 echo "All of it is in $folder/report.md"
+exit "$unfinished"

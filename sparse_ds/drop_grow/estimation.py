@@ -24,9 +24,9 @@ Collectives, few for all matrices together (of sizes bounded by 256 MiB a rank; 
                                  every micro batch
 
 Memory per rank: 16 bytes per candidate / R (index, step's g, sums of g and g^2), and on several ranks 8 per candidate
-(indices and gradients), together 256 MiB at most; between phases nothing. Transient: a tile; what the ranks have kept,
-12 bytes per candidate and together 256 MiB at most; in backward of a layer 8 bytes per candidate of that layer. `step`
-and the whole phase: 4 * N / R bytes besides.
+(indices and gradients), together 256 MiB at most; between phases, and until the candidates are chosen, nothing.
+Transient: a tile; what the ranks have kept, 12 bytes per candidate and together 256 MiB at most; in backward of a layer
+8 bytes per candidate of that layer. `step` and the whole phase: 4 * N / R bytes besides.
 
 References: Scaling Sparse Fine-Tuning to Large Language Models (Ansell et al. 2024, arXiv 2401.16405), section 3.2 and
 Algorithm 1. Differs from the paper: with `micro_batch` the candidates come from the first micro batch of the step.
@@ -122,17 +122,16 @@ class EstimationPhase:
         self._searches: dict[str, Search] = {}
         self._whole: dict[str, _WholeCandidates] = {}
         self._row_bytes = 0
-        self._step_gradient = self._sum = self._sum_of_squares = torch.empty(0, device=device)
-
-    @property
-    def is_running(self) -> bool:
+        self.is_running = False
         """Whether a phase has begun whose event has not been yet."""
-        return self._sum.numel() > 0 or bool(self._accumulators)
+        self._nothing = torch.empty(0, device=device)
+        self._step_gradient = self._sum = self._sum_of_squares = self._nothing
+        """Of the candidates that this rank owns, all matrices one after the other; empty until it is needed: the first
+        of them in backward, the sums not before the end of a step, when there are no activations."""
 
     def begin_step(self) -> None:
         """Before the first micro batch of a step of a phase. Collectives: none."""
-        if not self.is_running:
-            self._begin_phase()
+        self.is_running = True
         if not self._candidates and self._source != "micro_batch" and not self._accumulators:
             self._accumulators = {
                 name: DenseAccumulator(layer, self._tile_bytes, squared=self._squared, device=self._device)
@@ -168,6 +167,7 @@ class EstimationPhase:
             self._search_accumulators()
         self._finish_searches()
         self._reduce_gradients()
+        self._make_sums()
         self._step_gradient.mul_(clip_coefficient)
         self._sum.add_(self._step_gradient)
         self._sum_of_squares.addcmul_(self._step_gradient, self._step_gradient)
@@ -180,6 +180,7 @@ class EstimationPhase:
         if self._source == "phase":
             self._search_accumulators()
             self._finish_searches()
+            self._make_sums()
             self._sum.add_(self._step_gradient)
             self._step_gradient.zero_()
 
@@ -194,7 +195,8 @@ class EstimationPhase:
 
     def restore_phase(self, num_counted_steps: int) -> None:
         """Be in a phase of which so many steps have counted: `saved_slices` are then views to write into."""
-        self._begin_phase()
+        self.is_running = True
+        self._make_sums()
         self.num_counted_steps = num_counted_steps
         for name, layer in self._layers.items():
             size = owned_range(layer.values)[1] // layer.layout.block_elements
@@ -204,14 +206,18 @@ class EstimationPhase:
         """After the event: give everything back."""
         self._candidates, self._accumulators, self._searches, self._whole = {}, {}, {}, {}
         self._row_bytes = 0
-        self._step_gradient = self._sum = self._sum_of_squares = torch.empty(0, device=self._device)
+        self._step_gradient = self._sum = self._sum_of_squares = self._nothing
+        self.is_running = False
         self.num_counted_steps = 0
 
-    def _begin_phase(self) -> None:
-        # One element at least, so that a rank that owns nothing is in the phase like the others.
-        self._step_gradient, self._sum, self._sum_of_squares = (
-            torch.zeros(max(self._num_owned, 1), device=self._device) for _ in range(3)
-        )
+    def _make_step_gradient(self) -> None:
+        if self._step_gradient is self._nothing:
+            self._step_gradient = torch.zeros(self._num_owned, device=self._device)
+
+    def _make_sums(self) -> None:
+        self._make_step_gradient()
+        if self._sum is self._nothing:
+            self._sum, self._sum_of_squares = torch.zeros_like(self._step_gradient), torch.zeros_like(self._step_gradient)
 
     def _observe(self, name: str, operands: ProductOperands) -> None:
         """In backward of one layer. Collectives: those named in the module docstring, in the order of the graph."""
@@ -242,6 +248,7 @@ class EstimationPhase:
     def _finish_searches(self) -> None:
         """Collectives: those of `choose`, if there is a search."""
         searches, self._searches = self._searches, {}
+        self._make_step_gradient()
         for name, found in zip(searches, choose(list(searches.values())), strict=True):
             self._candidates[name] = found.indices
             self._step_gradient[self._slices[name]].add_(found.gradient)

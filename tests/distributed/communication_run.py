@@ -1,13 +1,16 @@
-"""A small Llama on a real ZeRO-3 engine, and a record of what it sends and where it waits."""
+"""A small Llama on a real ZeRO-3 engine, and a record of what it sends and where it waits: in a micro batch, and in
+optimizer steps, estimation steps and events."""
 
 from __future__ import annotations
 
 import math
 import traceback
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import deepspeed
 import torch
@@ -20,12 +23,23 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from sparse_ds.config import RunConfig, build_deepspeed_config
 from sparse_ds.distributed.born_partitioned import PartitionedParameters
 from sparse_ds.distributed.process_group import world_size
+from sparse_ds.distributed.gradient_tiles import clip_coefficient
 from sparse_ds.distributed.zero3_partitions import MasterWeights, full_size
+from sparse_ds.drop_grow.event import Seeds
+from sparse_ds.drop_grow.weight_states import WeightStates
 from sparse_ds.model.base_tensors import BaseSettings
 from sparse_ds.model.build import SparseSettings, build_sparse_model, plan_layouts
 from sparse_ds.sparse.index_storage import IndexStorage, index_parameters
 from sparse_ds.sparse.sparse_linear import SparseLayer
-from sparse_ds.training.setup import bind_optimizer, gather_blocks, make_optimizer
+from sparse_ds.optim.sm3 import SparseSM3
+from sparse_ds.training.callbacks import MergeAccumulators
+from sparse_ds.training.setup import (
+    bind_optimizer,
+    gather_blocks,
+    make_drop_and_grow,
+    make_estimation,
+    make_optimizer,
+)
 
 NUM_BLOCKS, HIDDEN, VOCABULARY, NUM_TOKENS = 6, 64, 96, 16
 DENSITY = 0.02
@@ -43,6 +57,32 @@ class Case:
     gradient_checkpointing: bool
     by_block: bool = True
     index_storage: IndexStorage = "int32"
+    method: str = "sparta"
+
+
+class Started(NamedTuple):
+    """An engine and what belongs to it."""
+
+    config: RunConfig
+    engine: Any
+    model: nn.Module
+    layers: dict[str, Any]
+    optimizer: Any
+    master: MasterWeights
+
+
+@dataclass
+class RecordedEvents:
+    """Of one rank: the collectives of each part beyond those of a micro batch and `engine.step()`, as (name, bytes of
+    the input), and the sizes that say how many there may be."""
+
+    parts: dict[str, list[tuple[str, int]]]
+    num_linears: int
+    num_elements: int
+    """Of all target matrices."""
+    num_lines: int
+    """Their rows and columns."""
+    num_active: int
 
 
 @dataclass
@@ -77,8 +117,8 @@ class Ledger(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "c10d":
-            # (output, input, group, ...) where both are single tensors; else the first argument is a list of tensors.
-            sent = args[1] if isinstance(args[1], Tensor) else args[0]
+            # (output, input, group, ...), or (input, group, ...) where that is the output as well.
+            sent = args[1] if isinstance(args[1], Tensor | list) else args[0]
             tensors = [sent] if isinstance(sent, Tensor) else list(sent)
             self.entries.append((func._schema.name.split("::")[1], sum(each.nbytes for each in tensors)))
         return func(*args, **(kwargs or {}))
@@ -108,7 +148,7 @@ def python_reads() -> Iterator[list[str]]:
             setattr(Tensor, name, original)
 
 
-def start(case: Case) -> tuple[Any, nn.Module, dict[str, SparseLayer]]:
+def start(case: Case) -> Started:
     """The engine over a base of zeros. Collectives: those of `deepspeed.initialize`."""
     # As a 7B model to the defaults: a bucket and limits of a quarter and of two and a half blocks.
     block_elements = 4 * HIDDEN**2 + 3 * HIDDEN * 172
@@ -120,7 +160,7 @@ def start(case: Case) -> tuple[Any, nn.Module, dict[str, SparseLayer]]:
     config = RunConfig.model_validate(
         {
             "model": {"dtype": "bfloat16", "quantization": case.quantization},
-            "method": {"name": "sparta", "density": DENSITY},
+            "method": {"name": case.method, "density": DENSITY},
             "optimizer": {"learning_rate": 0.01},
             "train": {"output_dir": "unused"},
             "deepspeed": {"zero_optimization": {**zero, "reduce_bucket_size": 6000}},
@@ -157,12 +197,12 @@ def start(case: Case) -> tuple[Any, nn.Module, dict[str, SparseLayer]]:
     master = MasterWeights(engine)
     master.zero_padding()
     bind_optimizer(optimizer, layers, master)  # type: ignore[arg-type]
-    return engine, model, layers
+    return Started(config, engine, model, layers, optimizer, master)
 
 
 def record(case: Case) -> Recorded:
     """Two steps after the first ones: one under the ledger, one under the profiler."""
-    engine, model, layers = start(case)
+    _, engine, model, layers, _, _ = start(case)
     ids = torch.arange(NUM_TOKENS).view(1, -1)
 
     def micro_batch() -> None:
@@ -201,6 +241,72 @@ def record(case: Case) -> Recorded:
     return recorded
 
 
+def record_events(case: Case) -> RecordedEvents:
+    """An ordinary step, two estimation steps where the method has them, and an event."""
+    config, engine, _, layers, optimizer, master = start(case)
+    ids = torch.arange(NUM_TOKENS).view(1, -1)
+    device = torch.device("cpu")
+    weight_states = WeightStates(optimizer, master.flats, keeps_event_values=False)
+    estimation = make_estimation(config, layers, device)
+    drop_and_grow = make_drop_and_grow(config, optimizer, layers, master, weight_states, estimation, device)
+    merge = MergeAccumulators(optimizer, device) if isinstance(optimizer, SparseSM3) else None
+    none: Any = SimpleNamespace()
+
+    def engine_step() -> None:
+        engine.backward(engine(input_ids=ids, labels=ids).loss)
+        engine.step()
+
+    def finish_step() -> None:
+        if merge is not None:
+            merge.on_optimizer_step(none, none, none)
+
+    def estimation_step() -> None:
+        assert estimation is not None
+        estimation.begin_step()
+        engine_step()
+        finish_step()
+        estimation.end_step(clip_coefficient(engine))
+
+    def event() -> None:
+        num_to_replace = {name: layer.num_active // 4 for name, layer in layers.items()}
+        drop_and_grow.run(1, num_to_replace, Seeds(None, 1))
+
+    for _ in range(NUM_UNRECORDED_STEPS):
+        engine_step()
+        finish_step()
+    with Ledger() as ledger:
+        engine_step()
+    ordinary = Counter(ledger.entries)
+    parts = {"optimizer step": recorded_beyond(Counter(), finish_step)}
+    if estimation is not None:
+        parts["first estimation step"] = recorded_beyond(ordinary, estimation_step)
+        parts["second estimation step"] = recorded_beyond(ordinary, estimation_step)
+        parts["third estimation step"] = recorded_beyond(ordinary, estimation_step)
+    parts["event"] = recorded_beyond(Counter(), event)
+    layouts = [layer.layout for layer in layers.values()]
+    return RecordedEvents(
+        parts,
+        len(layers),
+        sum(layout.num_elements for layout in layouts),
+        sum(layout.num_rows + layout.num_cols for layout in layouts),
+        sum(full_size(layer.values) for layer in layers.values()),
+    )
+
+
+def recorded_beyond(known: Counter[tuple[str, int]], action: Callable[[], None]) -> list[tuple[str, int]]:
+    """The collectives of `action` without the known ones, all of which must be among them."""
+    with Ledger() as ledger:
+        action()
+    found = Counter(ledger.entries)
+    assert known <= found, f"not sent: {known - found}"
+    return list((found - known).elements())
+
+
 def record_all(cases: list[Case]) -> list[Recorded]:
     torch.set_num_threads(1)
     return [record(case) for case in cases]
+
+
+def record_all_events(cases: list[Case]) -> list[RecordedEvents]:
+    torch.set_num_threads(1)
+    return [record_events(case) for case in cases]

@@ -1,4 +1,5 @@
-"""Exchanged pieces under ZeRO-3 on two ranks, against the dense model of transformers in one process."""
+"""Exchanged pieces, and a base that waits on the host, under ZeRO-3 on two ranks that gather block by block, against the
+dense model of transformers in one process."""
 
 from __future__ import annotations
 
@@ -41,7 +42,9 @@ def batch_of(rank: int, vocab_size: int) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
 
-def one_step(settings: dict[str, Any], pieces: Pieces | None) -> tuple[float, dict[str, list[float]]]:
+def one_step(
+    settings: dict[str, Any], pieces: Pieces | None, zero: dict[str, Any] | None = None
+) -> tuple[float, dict[str, list[float]]]:
     """Loss of this rank, and the gradients of the values of two layers."""
     config = RunConfig.model_validate(
         {
@@ -49,9 +52,11 @@ def one_step(settings: dict[str, Any], pieces: Pieces | None) -> tuple[float, di
             "method": {"density": DENSITY},
             "optimizer": {"learning_rate": 0.01, "max_grad_norm": 0.0},
             "train": {"output_dir": "unused", "micro_batch_size": ROWS, **settings},
+            "deepspeed": {"zero_optimization": zero or {}},
         }
     )
     prepared = prepare_model(config, BaseCheckpoint(find_base_model("embedded", None)), torch.device("cpu"))
+    assert prepared.gathered_block is not None
     model: Any = prepared.model
     if pieces is not None:
         install_pieces(model, pieces)
@@ -59,7 +64,9 @@ def one_step(settings: dict[str, Any], pieces: Pieces | None) -> tuple[float, di
         model.gradient_checkpointing_enable({"use_reentrant": False})
     optimizer = make_optimizer(config, [layer.values for layer in prepared.layers.values()])
     engine, *_ = deepspeed.initialize(
-        model=model, optimizer=optimizer, config=build_deepspeed_config(config, world_size(), 64)
+        model=model,
+        optimizer=optimizer,
+        config=build_deepspeed_config(config, world_size(), 64, prepared.gathered_block),
     )
     batch = batch_of(rank(), model.config.vocab_size)
     loss = engine(**batch, use_cache=False, num_items_in_batch=torch.tensor(NUM_TOKENS)).loss
@@ -71,6 +78,9 @@ def one_step(settings: dict[str, Any], pieces: Pieces | None) -> tuple[float, di
 def all_variants() -> dict[str, tuple[float, dict[str, list[float]]]]:
     return {
         "loss in the head, checkpointing": one_step({"gradient_checkpointing": True}, LOSS_IN_HEAD),
+        "partitions on the host": one_step(
+            {"gradient_checkpointing": True}, None, {"offload_param": {"device": "cpu", "pin_memory": False}}
+        ),
         # Last: the rotary embedding stays exchanged in this process.
         "compiled, checkpointing": one_step({"compile": True, "gradient_checkpointing": True}, None),
     }

@@ -49,6 +49,23 @@ def test_bench_step_on_two_ranks(tmp_path: Path) -> None:
     assert names == {"floor", "sparta", "sft_ag", "sft_ma", "sparta_compiled", "lora_0", "lora_0.1", "full"}
 
 
+@pytest.mark.slow
+def test_bench_events_on_two_ranks(tmp_path: Path) -> None:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    output, content = _run([*launch, "scripts/bench_events.py"], ["--rounds", "1", "--rows", "sft_ag"], tmp_path)
+    (row,) = content["rows"]
+    counts = row["counts"]
+    # One matrix is one tile here; what is chosen, and what an event moves, goes in one message for all 14 matrices.
+    assert counts["step"] == {}
+    assert {name: calls for name, (calls, _) in counts["first estimation step"].items()} == {
+        "all_reduce": 7,
+        "all_gather_into_tensor": 1,
+        "reduce_scatter_tensor": 15,
+    }
+    assert counts["event"]["all_gather_into_tensor"][0] == 1
+    assert "| SFT-AG | event |" in output
+
+
 def _run(command: list[str], options: list[str], folder: Path) -> tuple[str, Any]:
     file = folder / "result.json"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
