@@ -170,30 +170,33 @@ def gather_partitions(
     Returns:
         One tensor [ds_numel / unit] per parameter on `device`.
 
-    Memory: twice the sum of the full tensors, transient.
-    Collectives: one all-gather of the slices' bytes; every rank must call it with the same parameters.
+    Memory: the full tensors, and with several ranks once more their bytes, transient.
+    Collectives: with several ranks one all-gather of the slices' bytes; every rank must call it with the same
+    parameters.
     """
-    # Wide dtypes first, so that every slice of the byte buffer is aligned.
     units = units or [1] * len(parameters)
+    sizes = [
+        parameter.ds_tensor.ds_numel // unit * partition.element_size()
+        for parameter, partition, unit in zip(parameters, partitions, units, strict=True)
+    ]
+    # Wide dtypes first, so that every slice of the byte buffer is aligned.
     order = sorted(range(len(parameters)), key=lambda i: -partitions[i].element_size())
-    padded = []
+    local = torch.zeros(sum(sizes), dtype=torch.uint8, device=device)
+    begins, end = [0] * len(parameters), 0
     for i in order:
-        row = torch.zeros(parameters[i].ds_tensor.ds_numel // units[i], dtype=partitions[i].dtype, device=device)
-        row.narrow(0, 0, partitions[i].numel()).copy_(partitions[i])
-        padded.append(row)
-    local = torch.cat([row.view(torch.uint8) for row in padded])
-    world_size = torch.distributed.get_world_size()
-    everywhere = torch.empty(world_size * local.numel(), dtype=torch.uint8, device=device)
-    torch.distributed.all_gather_into_tensor(everywhere, local)
-    rows = everywhere.view(world_size, -1)
-    full: list[Tensor | None] = [None] * len(parameters)
-    position = 0
-    for i, row in zip(order, padded, strict=True):
-        num_bytes = row.numel() * row.element_size()
-        joined = rows[:, position : position + num_bytes].reshape(-1).view(row.dtype)
-        full[i] = joined.narrow(0, 0, parameters[i].ds_numel // units[i])
-        position += num_bytes
-    return [tensor for tensor in full if tensor is not None]
+        begins[i], end = end, end + sizes[i]
+        own = local[begins[i] : end].view(partitions[i].dtype)
+        own[: partitions[i].numel()] = partitions[i].view(-1)
+    everywhere, num_ranks = local, torch.distributed.get_world_size()
+    if num_ranks > 1:
+        everywhere = torch.empty(num_ranks * local.numel(), dtype=torch.uint8, device=device)
+        torch.distributed.all_gather_into_tensor(everywhere, local)
+    del local
+    rows = everywhere.view(num_ranks, -1)
+    return [
+        rows[:, begin : begin + size].reshape(-1).view(partition.dtype)[: parameter.ds_numel // unit]
+        for parameter, partition, unit, begin, size in zip(parameters, partitions, units, begins, sizes, strict=True)
+    ]
 
 
 def all_reduce_max_(tensor: Tensor, device: torch.device) -> None:

@@ -217,7 +217,10 @@ class EstimationPhase:
     def _make_sums(self) -> None:
         self._make_step_gradient()
         if self._sum is self._nothing:
-            self._sum, self._sum_of_squares = torch.zeros_like(self._step_gradient), torch.zeros_like(self._step_gradient)
+            self._sum, self._sum_of_squares = (
+                torch.zeros_like(self._step_gradient),
+                torch.zeros_like(self._step_gradient),
+            )
 
     def _observe(self, name: str, operands: ProductOperands) -> None:
         """In backward of one layer. Collectives: those named in the module docstring, in the order of the graph."""

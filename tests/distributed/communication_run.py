@@ -22,16 +22,16 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from sparse_ds.config import RunConfig, build_deepspeed_config
 from sparse_ds.distributed.born_partitioned import PartitionedParameters
-from sparse_ds.distributed.process_group import world_size
 from sparse_ds.distributed.gradient_tiles import clip_coefficient
+from sparse_ds.distributed.process_group import world_size
 from sparse_ds.distributed.zero3_partitions import MasterWeights, full_size
 from sparse_ds.drop_grow.event import Seeds
 from sparse_ds.drop_grow.weight_states import WeightStates
 from sparse_ds.model.base_tensors import BaseSettings
 from sparse_ds.model.build import SparseSettings, build_sparse_model, plan_layouts
+from sparse_ds.optim.sm3 import SparseSM3
 from sparse_ds.sparse.index_storage import IndexStorage, index_parameters
 from sparse_ds.sparse.sparse_linear import SparseLayer
-from sparse_ds.optim.sm3 import SparseSM3
 from sparse_ds.training.callbacks import MergeAccumulators
 from sparse_ds.training.setup import (
     bind_optimizer,

@@ -1,5 +1,5 @@
-"""What the ranks send in a micro batch, in how many messages, and that nothing waits for the device; what SM3, estimation
-steps and events send besides.
+"""What the ranks send in a micro batch, in how many messages, and that nothing waits for the device; what SM3,
+estimation steps and events send besides.
 
     bytes sent per rank <= 2 gathers of the base + 20 (R - 1) / R bytes per active weight
 

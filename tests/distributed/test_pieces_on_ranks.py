@@ -1,5 +1,5 @@
-"""Exchanged pieces, and a base that waits on the host, under ZeRO-3 on two ranks that gather block by block, against the
-dense model of transformers in one process."""
+"""Exchanged pieces, and a base that waits on the host, under ZeRO-3 on two ranks that gather block by block, against
+the dense model of transformers in one process."""
 
 from __future__ import annotations
 
