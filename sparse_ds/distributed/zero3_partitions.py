@@ -186,7 +186,7 @@ def gather_partitions(
     for i in order:
         begins[i], end = end, end + sizes[i]
         own = local[begins[i] : end].view(partitions[i].dtype)
-        own[: partitions[i].numel()] = partitions[i].view(-1)
+        own[: partitions[i].numel()] = partitions[i]
     everywhere, num_ranks = local, torch.distributed.get_world_size()
     if num_ranks > 1:
         everywhere = torch.empty(num_ranks * local.numel(), dtype=torch.uint8, device=device)

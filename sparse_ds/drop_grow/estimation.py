@@ -124,8 +124,7 @@ class EstimationPhase:
         self._row_bytes = 0
         self.is_running = False
         """Whether a phase has begun whose event has not been yet."""
-        self._nothing = torch.empty(0, device=device)
-        self._step_gradient = self._sum = self._sum_of_squares = self._nothing
+        self._step_gradient = self._sum = self._sum_of_squares = torch.empty(0, device=device)
         """Of the candidates that this rank owns, all matrices one after the other; empty until it is needed: the first
         of them in backward, the sums not before the end of a step, when there are no activations."""
 
@@ -206,21 +205,18 @@ class EstimationPhase:
         """After the event: give everything back."""
         self._candidates, self._accumulators, self._searches, self._whole = {}, {}, {}, {}
         self._row_bytes = 0
-        self._step_gradient = self._sum = self._sum_of_squares = self._nothing
+        self._step_gradient = self._sum = self._sum_of_squares = torch.empty(0, device=self._device)
         self.is_running = False
         self.num_counted_steps = 0
 
     def _make_step_gradient(self) -> None:
-        if self._step_gradient is self._nothing:
+        if self._step_gradient.numel() < self._num_owned:
             self._step_gradient = torch.zeros(self._num_owned, device=self._device)
 
     def _make_sums(self) -> None:
         self._make_step_gradient()
-        if self._sum is self._nothing:
-            self._sum, self._sum_of_squares = (
-                torch.zeros_like(self._step_gradient),
-                torch.zeros_like(self._step_gradient),
-            )
+        if self._sum.numel() < self._num_owned:
+            self._sum, self._sum_of_squares = (torch.zeros_like(self._step_gradient) for _ in range(2))
 
     def _observe(self, name: str, operands: ProductOperands) -> None:
         """In backward of one layer. Collectives: those named in the module docstring, in the order of the graph."""

@@ -202,7 +202,8 @@ def start(case: Case) -> Started:
 
 def record(case: Case) -> Recorded:
     """Two steps after the first ones: one under the ledger, one under the profiler."""
-    _, engine, model, layers, _, _ = start(case)
+    started = start(case)
+    engine, model, layers = started.engine, started.model, started.layers
     ids = torch.arange(NUM_TOKENS).view(1, -1)
 
     def micro_batch() -> None:
@@ -243,12 +244,13 @@ def record(case: Case) -> Recorded:
 
 def record_events(case: Case) -> RecordedEvents:
     """An ordinary step, two estimation steps where the method has them, and an event."""
-    config, engine, _, layers, optimizer, master = start(case)
+    started = start(case)
+    config, engine, layers, optimizer = started.config, started.engine, started.layers, started.optimizer
     ids = torch.arange(NUM_TOKENS).view(1, -1)
     device = torch.device("cpu")
-    weight_states = WeightStates(optimizer, master.flats, keeps_event_values=False)
+    weight_states = WeightStates(optimizer, started.master.flats, keeps_event_values=False)
     estimation = make_estimation(config, layers, device)
-    drop_and_grow = make_drop_and_grow(config, optimizer, layers, master, weight_states, estimation, device)
+    drop_and_grow = make_drop_and_grow(config, optimizer, layers, started.master, weight_states, estimation, device)
     merge = MergeAccumulators(optimizer, device) if isinstance(optimizer, SparseSM3) else None
     none: Any = SimpleNamespace()
 

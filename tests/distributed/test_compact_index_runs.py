@@ -55,8 +55,9 @@ def check_storage(layer: SparseLinear, storage: str) -> None:
 def train_llama(quantization: str, gradient_checkpointing: bool, storage: str) -> dict[str, Any]:
     """SpaRTA on a bf16 Llama, blocks gathered as one."""
     case = Case(quantization, gradient_checkpointing, index_storage=storage)  # type: ignore[arg-type]
-    _, engine, model, layers, _, _ = start(case)
-    draw_base(model)
+    started = start(case)
+    engine, layers = started.engine, started.layers
+    draw_base(started.model)
     generator = torch.Generator().manual_seed(rank())
     losses = []
     for _ in range(4):
