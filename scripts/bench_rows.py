@@ -37,6 +37,7 @@ from sparse_ds.model.build import BaseParameters, build_sparse_model, plan_layou
 from sparse_ds.model.pieces import install_pieces
 from sparse_ds.optim.sm3 import SparseSM3
 from sparse_ds.optim.sparse_adamw import SparseAdamW
+from sparse_ds.sparse.held_deltas import deltas_held, layers_that_can_hold
 from sparse_ds.sparse.sparse_linear import SparseLinear
 from sparse_ds.training.setup import (
     EventSchedule,
@@ -129,6 +130,7 @@ class Sparse(Row):
         config: of a run with this method.
         layers: the sparse layers by name.
         estimation, drop_and_grow: None for a method without.
+        holding: layers whose deltas stay in for a whole step, as in a run of one rank.
     """
 
     layers: dict[str, SparseLinear]
@@ -136,6 +138,7 @@ class Sparse(Row):
     estimation: EstimationPhase | None
     drop_and_grow: DropAndGrow | None
     rotary: Callable[..., Any] | None
+    holding: list[SparseLinear]
 
     def build(
         self, name: str, base: FrozenBase, density: float, *, checkpointing: bool, settings: dict[str, Any]
@@ -161,11 +164,13 @@ class Sparse(Row):
         raise NotImplementedError
 
     def step(self, batch: Batch) -> Tensor:
-        if self.rotary is None:
-            return super().step(batch)
-        theirs, modeling_llama.apply_rotary_pos_emb = modeling_llama.apply_rotary_pos_emb, self.rotary
+        theirs, modeling_llama.apply_rotary_pos_emb = (
+            modeling_llama.apply_rotary_pos_emb,
+            self.rotary or modeling_llama.apply_rotary_pos_emb,
+        )
         try:
-            return super().step(batch)
+            with deltas_held(self.holding):
+                return super().step(batch)
         finally:
             modeling_llama.apply_rotary_pos_emb = theirs
 
@@ -174,6 +179,7 @@ class Sparse(Row):
         assert isinstance(optimizer, SparseSM3 | SparseAdamW)
         self.optimizer, self.num_events = optimizer, 0
         bind_optimizer(optimizer, self.layers, master)
+        self.holding = layers_that_can_hold(self.layers.values(), device)
         self.estimation, self.drop_and_grow = make_estimation(self.config, self.layers, device), None
         if self.config.method.name != "sparta":
             states = WeightStates(optimizer, master.flats, keeps_event_values=False)

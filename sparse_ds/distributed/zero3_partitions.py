@@ -58,6 +58,14 @@ def local_partition(parameter: Parameter) -> Tensor:
     return partition.view(-1).narrow(0, 0, owned_range(parameter)[1])
 
 
+def is_whole(parameter: Parameter, device: torch.device) -> bool:
+    """Whether this rank's slice of a parameter is all of it and lies on `device` (one rank, nothing offloaded): then
+    what is gathered is that slice itself, not a copy."""
+    if not hasattr(parameter, "ds_tensor"):
+        return parameter.device.type == device.type
+    return bool(parameter.ds_zero_partition_world_size == 1 and parameter.ds_tensor.device.type == device.type)
+
+
 class MasterWeights:
     """The flat fp32 master weights of a ZeRO-3 engine, by parameter.
 

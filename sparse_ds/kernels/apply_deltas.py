@@ -32,7 +32,7 @@ def merged_values(weights_K: Tensor, values_K: Tensor) -> Tensor:
 def deltas_applied(weight_OI: Tensor, indices_K: Tensor, values_K: Tensor) -> Iterator[Tensor]:
     """Within the context `weight_OI` holds the merged weight; on exit every byte of it is as before, also on errors.
 
-    Memory: K saved weights and K merged ones, 8 bytes a position (on a GPU only the saved ones); no dense copy.
+    Memory: K saved weights; on the CPU for a moment K merged ones and 8 bytes a position more. No dense copy.
 
     Args:
         weight_OI: [O, I] contiguous, edited in place (it may be ZeRO-3's gathered buffer, or with one rank the
@@ -47,14 +47,17 @@ def deltas_applied(weight_OI: Tensor, indices_K: Tensor, values_K: Tensor) -> It
         finally:
             triton_kernels.put_back_(weight_OI, indices_K, saved_K)
         return
-    # `index_copy_` takes int64 only; it is the fastest write there is (bf16 `scatter_` takes ten times as long).
-    flat_N, positions_K = weight_OI.view(-1, *values_K.shape[1:]), indices_K.long()
+    # `index_copy_` takes int64 only; it is the fastest write there is (bf16 `scatter_` takes ten times as long; what
+    # torch.compile makes of these lines, up to three times). The int64 positions are not kept meanwhile.
+    flat_N = weight_OI.view(-1, *values_K.shape[1:])
+    positions_K = indices_K.long()
     saved_K = flat_N.index_select(0, positions_K)
     flat_N.index_copy_(0, positions_K, merged_values(saved_K, values_K))
+    del positions_K
     try:
         yield weight_OI
     finally:
-        flat_N.index_copy_(0, positions_K, saved_K)
+        flat_N.index_copy_(0, indices_K.long(), saved_K)
 
 
 def apply_deltas_(weight_OI: Tensor, indices_K: Tensor, values_K: Tensor) -> Tensor:

@@ -6,9 +6,10 @@
                 CUDA    a kernel on the tensor cores (`triton_kernels`), where it supports the block; else dense
     dense       everywhere: the dense gradient in parts of whole rows of blocks, of which the blocks are taken
 
-The first costs the share of the active blocks, the second always all of them; at BLOCKS_BELOW of all blocks they are
-about equally fast. On the CPU (bf16, 2048 x 2048, 1024 tokens, one core) 16 x 16 blocks took 5 ms at 2.3 % and 17 ms at
-10 %, where the dense product took 51 ms and single weights by `values_gradient` 19 ms at 2.3 %.
+The first costs the share of the active blocks, the second always all of them; at `crossover.BLOCK_DEFAULTS` of all
+blocks they are about equally fast. On a CPU without AMX (bf16, 2048 x 2048, 1024 tokens, one core) 16 x 16 blocks took
+5 ms at 2.3 % and 17 ms at 10 %, where the dense product took 51 ms and single weights by `values_gradient` 19 ms at
+2.3 %. With AMX the dense product is so fast that gathering the strips for it takes longer from 1 % on.
 """
 
 from __future__ import annotations
@@ -20,14 +21,13 @@ import torch
 from torch import Tensor
 
 from sparse_ds.kernels import triton_kernels
+from sparse_ds.kernels.crossover import BLOCK_DEFAULTS, device_kind
 from sparse_ds.kernels.dense_row_blocks import RowBoundaries, gradient_block, rows_per_block
 from sparse_ds.kernels.product_operands import ProductOperands
 
 GATHERED_ELEMENTS = 2**19
 """Elements of the strips that are gathered at one time on the CPU: 1 MiB in bf16, within a core's second-level cache
 (at 2^17 the calls cost twice as much as the product, at 2^21 memory does)."""
-BLOCKS_BELOW = 0.25
-"""Share of all blocks from which the dense product is computed instead."""
 
 
 def block_values_gradient(
@@ -48,7 +48,7 @@ def block_values_gradient(
         block_rows, block_cols: sides of a block; they divide O and I.
         row_boundaries: of these indices, for a multiple of `block_rows` rows; asked only if the dense product is
             computed.
-        path: "sampled" computes only the blocks, at any density; "auto" goes by BLOCKS_BELOW.
+        path: "sampled" computes only the blocks, at any density; "auto" goes by `crossover.BLOCK_DEFAULTS`.
         scratch_elements: bound on the elements of its parts.
 
     Returns:
@@ -56,7 +56,8 @@ def block_values_gradient(
         CPU with 16-bit inputs each sum is rounded to 16 bits once.
     """
     num_blocks = operands.num_rows // block_rows * (operands.num_cols // block_cols)
-    is_dense = indices_U.numel() > BLOCKS_BELOW * num_blocks if path == "auto" else path == "dense"
+    crossover = BLOCK_DEFAULTS[device_kind(operands.input_TI.device.type), operands.input_TI.element_size()]
+    is_dense = indices_U.numel() > crossover * num_blocks if path == "auto" else path == "dense"
     if is_dense:
         return dense_blocks(operands, indices_U, block_rows, block_cols, row_boundaries, scratch_elements)
     if triton_kernels.available(operands.input_TI) and triton_kernels.supports_block(block_rows, block_cols):

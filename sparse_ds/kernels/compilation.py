@@ -7,10 +7,12 @@ when the machine has compiled the same before). So callers ask for it from a siz
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.fx.experimental._config as shape_config
 
 _log = logging.getLogger(__name__)
 
@@ -37,10 +39,22 @@ class CompiledUpdate:
         try:
             if self._compiled is None:
                 self._compiled = torch.compile(self._make(), dynamic=True, fullgraph=True)
-            self._compiled(*arguments)
+            with _any_sizes():
+                self._compiled(*arguments)
         except Exception as error:  # what a missing or broken compiler raises is not one type
             self.failed = True
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             _log.warning("%s cannot be compiled and runs slower, in plain torch: %s", self._name, reason)
             return False
         return True
+
+
+@contextmanager
+def _any_sizes() -> Iterator[None]:
+    """What is compiled within fits all sizes. By default torch takes dimensions that are equal in the first call for
+    always equal, and compiles anew for every other pattern, up to its limit."""
+    before, shape_config.use_duck_shape = shape_config.use_duck_shape, False
+    try:
+        yield
+    finally:
+        shape_config.use_duck_shape = before

@@ -24,14 +24,19 @@ DEFAULTS: Mapping[tuple[DeviceKind, int], float] = {
     # (kind of device, bytes per number): density up to which the sampled product is taken.
     ("cpu", 2): 0.04,
     ("cpu", 4): 0.045,
-    ("cpu with AMX", 2): 0.008,
-    ("cpu with AMX", 4): 0.045,
+    ("cpu with AMX", 2): 0.01,
+    ("cpu with AMX", 4): 0.06,
     ("cuda", 2): 0.0035,
     ("cuda", 4): 0.0035,
 }
 """cpu: AMD EPYC with AVX-512 BF16, shapes from 1024 x 1024 to 4096 x 4096, 256 to 4096 tokens: crossovers from 0.036 to
 0.076 in bf16; in fp32 from 0.11 to 0.18 where the transposes fit into the last cache (32 MiB), else from 0.044 on. With
-AMX (16-bit products four to eight times as fast) and on GPUs they are estimates."""
+AMX: Intel Xeon (Sapphire Rapids), 1024 x 1024 to 5632 x 2048, 1024 tokens: in bf16 from 0.009 to 0.022 (1024 x 2816,
+whose input is the larger operand and shared with no other layer: 0.003), in fp32 from 0.064 to 0.1. On GPUs they are
+estimates."""
+
+BLOCK_DEFAULTS: Mapping[tuple[DeviceKind, int], float] = {**dict.fromkeys(DEFAULTS, 0.25), ("cpu with AMX", 2): 0.008}
+"""The same for blocks of several rows: the share of the active blocks up to which only they are computed."""
 
 
 @dataclass(frozen=True)

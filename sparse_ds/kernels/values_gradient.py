@@ -40,7 +40,8 @@ def values_gradient(
         scratch_elements: bound on the elements of a block of rows.
 
     Returns:
-        [K] fp32. The products accumulate in fp32; on CPU with 16-bit inputs each sum is rounded to 16 bits once.
+        [K] fp32. The products accumulate in fp32; on CPU with 16-bit inputs each sum is rounded to 16 bits once (not
+        where many are sampled: `sampled_product`).
     """
     if indices_K.numel() == 0:
         return torch.zeros(0, dtype=torch.float32, device=indices_K.device)

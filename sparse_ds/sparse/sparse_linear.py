@@ -93,6 +93,8 @@ class SparseLinear(nn.Module):
         """Called in backward with what the dense weight gradient is made of; an estimation phase sets it."""
         self.path_choice: PathChoice = AUTO
         """How the gradient of the values is computed."""
+        self.held_weight: Tensor | None = None
+        """[O, I] the base with the deltas in it, while they are held (`held_deltas`)."""
         self._row_boundaries: dict[int, list[int]] = {}
         self._tile_begins: Tensor | None = None
         for name in (*BASE_TENSORS, *INDEX_TENSORS, "values"):
@@ -146,10 +148,11 @@ class SparseLinear(nn.Module):
 
         `active_indices`: those of the layer, where they are at hand.
         """
+        if self.held_weight is not None:
+            yield self._held()
+            return
         indices_K = self.active_indices if active_indices is None else active_indices
-        values_K = self.values.data[: self.num_active]
-        if self.layout.block_elements > 1:
-            indices_K, values_K = self.layout.strips_of(indices_K), values_K.view(-1, self.layout.block_cols)
+        indices_K, values_K = self.in_strips(indices_K, self.values.data[: self.num_active])
         if self.packed is not None:
             yield self._dequantized(indices_K, values_K)
         else:
@@ -157,6 +160,21 @@ class SparseLinear(nn.Module):
             self._note_hidden(self.weight.data, indices_K, values_K)
             with deltas_applied(self.weight.data, indices_K, values_K) as weight_OI:
                 yield weight_OI
+
+    def in_strips(self, indices_U: Tensor, values_K: Tensor) -> tuple[Tensor, Tensor]:
+        """Active indices and values as they go into a buffer: with blocks, strips of neighbours (`apply_deltas`)."""
+        if self.layout.block_elements == 1:
+            return indices_U, values_K
+        return self.layout.strips_of(indices_U), values_K.view(-1, self.layout.block_cols)
+
+    def _held(self) -> Tensor:
+        assert self.held_weight is not None and self.weight is not None
+        if self.weight.data.data_ptr() != self.held_weight.data_ptr():
+            raise RuntimeError(
+                "the weight that was gathered for a product is not the one that holds the deltas: DeepSpeed has copied "
+                "it. This is a defect of sparse_ds or a version of DeepSpeed that it does not know."
+            )
+        return self.weight.data
 
     def _dequantized(self, indices_K: Tensor, values_K: Tensor) -> Tensor:
         """W' [O, I] of a 4-bit base, a new tensor."""

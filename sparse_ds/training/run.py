@@ -50,6 +50,7 @@ from sparse_ds.monitor.metrics_log import MetricsLog, drop_records_after
 from sparse_ds.monitor.summary import RunSummary
 from sparse_ds.optim.sm3 import SparseSM3
 from sparse_ds.optim.sparse_adamw import SparseAdamW
+from sparse_ds.sparse.held_deltas import layers_that_can_hold
 from sparse_ds.training.base_guard import BaseGuard
 from sparse_ds.training.callbacks import (
     EpochOrder,
@@ -268,6 +269,7 @@ class _Training:
             sampler=sampler,
             heldout=self.data.eval,
             collate_heldout=self.data.collator,
+            holding=layers_that_can_hold(self.prepared.layers.values(), self.device),
             count_pairs=flops.count_pairs,
             on_save=self._save_checkpoint,
             on_restore_generators=lambda: self.progress.restore_generators(),

@@ -14,7 +14,7 @@ So neither padding, nor packing, nor a micro batch with few trained tokens chang
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,8 @@ from transformers import Trainer
 
 from sparse_ds.distributed.zero3_partitions import all_reduce_sum, release_gathered
 from sparse_ds.monitor.summary import perplexity
+from sparse_ds.sparse.held_deltas import deltas_held
+from sparse_ds.sparse.sparse_linear import SparseLinear
 from sparse_ds.training.evaluation import HeldoutResult, heldout_loss
 from sparse_ds.training.global_order import GlobalOrderSampler
 from sparse_ds.training.skipped_steps import with_gradient_of_its_kind
@@ -51,6 +53,7 @@ class SparseTrainer(Trainer):
         sampler: order of the training samples.
         heldout: tokenized held-out data, or None.
         collate_heldout: makes its micro batches; None: as those of the training data.
+        holding: layers whose deltas stay in the weights for a whole micro batch (`sparse.held_deltas`).
         count_pairs: lengths of samples -> queries with the keys that they see (`model.flops.StepFlops.count_pairs`).
         on_save: saves a checkpoint; called on every rank when Trainer wants one.
         on_restore_generators: in a run that goes on, called when the random generators have to be set back.
@@ -65,6 +68,7 @@ class SparseTrainer(Trainer):
         heldout: Any | None,
         on_save: OnSave,
         collate_heldout: Callable[[list[dict[str, Any]]], dict[str, Tensor]] | None = None,
+        holding: Sequence[SparseLinear] = (),
         count_pairs: Callable[[Tensor], Tensor] = lambda lengths: lengths.new_zeros(()),
         on_restore_generators: OnSave = lambda: None,
         **kwargs: Any,
@@ -72,7 +76,7 @@ class SparseTrainer(Trainer):
         super().__init__(**kwargs)
         self._on_save, self._on_restore_generators = on_save, on_restore_generators
         self._make_optimizer = make_optimizer
-        self._sampler = sampler
+        self._sampler, self._holding = sampler, holding
         self._heldout, self._collate_heldout = heldout, collate_heldout or self.data_collator
         self._count_pairs = count_pairs
         self._work = torch.zeros(2, dtype=torch.float64, device=self.args.device)
@@ -112,7 +116,8 @@ class SparseTrainer(Trainer):
         lengths = inputs["attention_mask"].sum(-1) if lengths is None else lengths
         counted = torch.stack([lengths.sum().double(), self._count_pairs(lengths).double()])
         self._work += counted.to(self._work.device)
-        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        with deltas_held(self._holding):
+            loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         return loss
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:

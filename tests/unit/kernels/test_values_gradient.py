@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 from gradient_cases import DENSE, SAMPLED, computed, random_case
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sparse_ds.kernels import sampled_product
 from sparse_ds.kernels.crossover import AUTO, PathChoice
+from sparse_ds.kernels.product_operands import ProductOperands
 from sparse_ds.kernels.values_gradient import reference_values_gradient
 
 PATHS = [DENSE, SAMPLED, AUTO]
@@ -101,3 +105,38 @@ def test_is_deterministic(choice: PathChoice) -> None:
     case = random_case(300, 96, 80, 700)
     first = computed(*case, choice, 2000)
     assert all(torch.equal(first, computed(*case, choice, 2000)) for _ in range(3))
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_compiled_sampled_path_sums_in_fp32(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sizes that vectors do not divide, sides, K and T equal and not: one compiled function for all of them. (K = 0 and
+    K = 1 never get there.)"""
+    monkeypatch.setattr(sampled_product, "MIN_COMPILED_PRODUCTS", 1)
+    for num_tokens, num_rows, num_cols, num_active in [
+        (64, 64, 64, 64),
+        (33, 20, 33, 7),
+        (1000, 17, 21, 357),
+    ]:
+        grad_output, input, indices = random_case(num_tokens, num_rows, num_cols, num_active)
+        grad_output, input = grad_output.to(dtype), input.to(dtype)
+        expected = reference_values_gradient(grad_output, input, indices)
+        for positions in (indices, indices.long()):
+            result = computed(grad_output, input, positions, SAMPLED)
+            # fp32 sums of up to 1000 products of numbers below 5; a sum rounded to 16 bits would be off by up to 0.1.
+            torch.testing.assert_close(result.double(), expected, rtol=1e-5, atol=1e-4)
+            assert torch.equal(result, computed(grad_output, input, positions, SAMPLED)), "not deterministic"
+    assert not sampled_product._compiled.failed and sampled_product._compiled._compiled is not None
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")
+def test_the_compiled_sampled_path_holds_no_products() -> None:
+    """2048 tokens and 20,000 values: the products would be 164 MB, the transposes are 3 MB."""
+    grad_output, input, indices = random_case(2048, 300, 400, 20_000)
+    operands = ProductOperands(grad_output.bfloat16(), input.bfloat16())
+    sampled_product.sampled_values_gradient(operands, indices)
+    with torch.profiler.profile(profile_memory=True) as profiler:
+        sampled_product.sampled_values_gradient(operands, indices)
+    assert not sampled_product._compiled.failed
+    allocated = [event.cpu_memory_usage for event in profiler.key_averages()]
+    assert 0 < max(allocated) < 4 * 2**20
