@@ -31,7 +31,7 @@ DEFAULTS: Mapping[tuple[DeviceKind, int], float] = {
 }
 """cpu: AMD EPYC with AVX-512 BF16, shapes from 1024 x 1024 to 4096 x 4096, 256 to 4096 tokens: crossovers from 0.036 to
 0.076 in bf16; in fp32 from 0.11 to 0.18 where the transposes fit into the last cache (32 MiB), else from 0.044 on. With
-AMX: Intel Xeon (Sapphire Rapids), 1024 x 1024 to 5632 x 2048, 1024 tokens: in bf16 from 0.009 to 0.022 (1024 x 2816,
+AMX: Intel Xeon, 1024 x 1024 to 5632 x 2048, 1024 tokens: in bf16 from 0.009 to 0.022 (1024 x 2816,
 whose input is the larger operand and shared with no other layer: 0.003), in fp32 from 0.064 to 0.1. On GPUs they are
 estimates."""
 

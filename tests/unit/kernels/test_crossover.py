@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sparse_ds.kernels.crossover import AUTO, DEFAULTS, PathChoice, device_kind
+from sparse_ds.kernels.crossover import AUTO, BLOCK_DEFAULTS, DEFAULTS, PathChoice, device_kind
 from sparse_ds.kernels.product_operands import ProductOperands
 
 
@@ -33,4 +33,5 @@ def test_the_default_depends_on_device_and_dtype(dtype: torch.dtype) -> None:
 
 def test_there_is_a_default_for_every_kind() -> None:
     assert {kind for kind, _ in DEFAULTS} == {"cpu", "cpu with AMX", "cuda"}
-    assert len(DEFAULTS) == 6 and all(0 < density < 1 for density in DEFAULTS.values())
+    for defaults in (DEFAULTS, BLOCK_DEFAULTS):
+        assert len(defaults) == 6 and all(0 < density < 1 for density in defaults.values())
