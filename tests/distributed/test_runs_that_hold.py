@@ -63,7 +63,7 @@ def train(folder: Path, checkpointing: bool, holds: bool) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_same_run(checkpointing: bool, tmp_path: Path) -> None:
     rows = Path(resolve_data("embedded:train")).read_text(encoding="utf-8").splitlines(keepends=True)[:40]
     (tmp_path / "rows.jsonl").write_text("".join(rows), encoding="utf-8")
@@ -79,6 +79,7 @@ def test_the_same_run(checkpointing: bool, tmp_path: Path) -> None:
     assert held == put
 
 
+@pytest.mark.slow
 def test_several_ranks_put_them_in_for_every_product(tmp_path: Path) -> None:
     rows = Path(resolve_data("embedded:train")).read_text(encoding="utf-8").splitlines(keepends=True)[:40]
     (tmp_path / "rows.jsonl").write_text("".join(rows), encoding="utf-8")

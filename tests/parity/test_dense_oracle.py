@@ -8,6 +8,7 @@ reach parameters that an evaluation has left gathered, and an evaluation must se
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -61,7 +62,8 @@ NF4 = Settings(
     seed=SEED,
 )
 
-# Few weights and steps, so that there is a seed with no weight near a rounding boundary (`MIN_ROUNDING_GAP`).
+# Few weights and steps, so that there is a seed with no weight near a rounding boundary (`MIN_ROUNDING_GAP`). How bf16
+# products round depends on the processor: the first seed of `BF16_SEEDS` that will do here is taken.
 BF16 = Settings(
     total_steps=13,
     global_batch_size=4,
@@ -75,8 +77,10 @@ BF16 = Settings(
     max_grad_norm=0.4,
     warmup_fraction=0.1,
     eval_interval_steps=4,
-    seed=9,
+    seed=SEED,
 )
+BF16_SEEDS = (9, 102)
+"""Found on an AMD EPYC with AVX-512 BF16, and on an Intel Xeon with AMX."""
 BF16_DENSITY = 0.01
 # In bf16 base + delta is rounded: no weight may be so near to the middle of two bf16 numbers that the 2e-8 decide by
 # which the values of the two differ.
@@ -114,7 +118,7 @@ def bf16_material(tmp_path_factory: pytest.TempPathFactory) -> Material:
 
 
 @pytest.fixture(scope="module")
-def runs(material: Material, bf16_material: Material) -> dict[str, FinishedRun]:
+def runs(material: Material, bf16_material: Material, bf16: Case) -> dict[str, FinishedRun]:
     """All runs of this file; each launch costs many seconds of imports, so they are shared and made two at a time."""
     plain = sft_ma_config(material, PLAIN, "texts", quantization="none")
     checkpointing = copy.deepcopy(plain)
@@ -125,8 +129,8 @@ def runs(material: Material, bf16_material: Material) -> dict[str, FinishedRun]:
     one_micro_batch = copy.deepcopy(plain)
     one_micro_batch["train"]["micro_batch_size"] = PLAIN.global_batch_size
     nf4 = sft_ma_config(material, NF4, "prompts", quantization="nf4")
-    bf16 = sft_ma_config(bf16_material, BF16, "texts", dtype="bfloat16", density=BF16_DENSITY)
-    bf16["model"]["attention"] = "eager"  # as the oracle's: others round elsewhere
+    in_bf16 = sft_ma_config(bf16_material, bf16.settings, "texts", dtype="bfloat16", density=BF16_DENSITY)
+    in_bf16["model"]["attention"] = "eager"  # as the oracle's: others round elsewhere
     folder = material.folder
     launched = train_all(
         {
@@ -139,7 +143,7 @@ def runs(material: Material, bf16_material: Material) -> dict[str, FinishedRun]:
     )
     return launched | {
         "1 micro batch": train_forked(one_micro_batch, 1, folder / "one_micro_batch"),
-        "bf16": train_forked(bf16, 1, folder / "bf16"),
+        "bf16": train_forked(in_bf16, 1, folder / "bf16"),
     }
 
 
@@ -165,7 +169,12 @@ def nf4(material: Material) -> Case:
 
 @pytest.fixture(scope="module")
 def bf16(bf16_material: Material) -> Case:
-    return run_oracle(bf16_material, "texts", BF16, dtype=torch.bfloat16, density=BF16_DENSITY)
+    for seed in BF16_SEEDS:
+        settings = replace(BF16, seed=seed)
+        case = run_oracle(bf16_material, "texts", settings, dtype=torch.bfloat16, density=BF16_DENSITY)
+        if min(case.oracle.rounding_gaps) > MIN_ROUNDING_GAP and min(case.trace.gaps) > MIN_GAP:
+            break
+    return case
 
 
 @pytest.mark.parametrize("name", ["plain", "nf4", "bf16"])
