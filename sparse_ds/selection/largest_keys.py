@@ -36,6 +36,9 @@ INDEX_BITS = 32
 SCORE_BITS = 31  # fp32 without its sign
 DIGIT_BITS = 11  # 2048 counts: 16 KiB a round, and they fit into the shared memory of a GPU's multiprocessor
 
+SAMPLE_STRIDE, SAMPLE_MARGIN = 61, 16
+"""Of the sample that narrows a search; a prime, so that it does not fall into one column of a matrix."""
+
 _MAX_DISTANCE = (1 << SCORE_BITS) - 1
 _NUM_NON_FINITE = 1 << 23  # fp32 patterns from infinity up have the 2^23 smallest distances
 _MAX_FP64_BITS = (1 << 63) - 1
@@ -286,13 +289,31 @@ class LargestKeys:
 
 def _smallest_positions(distances: Tensor, k: int, limit: int) -> Tensor:
     """Positions of the k smallest distances (or fewer) that are <= limit, ties by ascending position; ascending."""
-    chosen = distances <= limit
-    if int(chosen.count_nonzero()) > k:
-        kth = kth_smallest_key(distances, k, _alone, num_bits=SCORE_BITS)
-        torch.lt(distances, kth, out=chosen)
-        tied = (distances == kth).nonzero().view(-1)
+    guess = min(limit, _probable_bound(distances, k))
+    positions = (distances <= guess).nonzero().view(-1)
+    if positions.numel() < k and guess < limit:
+        positions = (distances <= limit).nonzero().view(-1)
+    if positions.numel() > k:
+        near = distances[positions]
+        kth = kth_smallest_key(near, k, _alone, num_bits=SCORE_BITS)
+        chosen = near < kth
+        tied = (near == kth).nonzero().view(-1)
         chosen[tied[: k - int(chosen.count_nonzero())]] = True
-    return chosen.nonzero().view(-1)
+        positions = positions[chosen]
+    return positions
+
+
+def _probable_bound(distances: Tensor, k: int) -> int:
+    """A distance within which k entries nearly always are, and not many more; the caller counts them.
+
+    Of every SAMPLE_STRIDE-th entry the one at twice the share of k, and some more: the search for the k-th smallest
+    then goes through some 2k entries instead of all.
+    """
+    sample = distances[::SAMPLE_STRIDE]
+    place = 2 * k // SAMPLE_STRIDE + SAMPLE_MARGIN
+    if place >= sample.numel():
+        return _MAX_DISTANCE
+    return int(sample.kthvalue(place).values)
 
 
 def first_places(counts_RP: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sparse_ds.selection.largest_keys import (
+    SAMPLE_STRIDE,
     LargestKeys,
     RadixSearch,
     first_places,
@@ -145,6 +146,29 @@ def test_the_largest_of_pieces_in_any_order(data: st.DataObject, scores: list[fl
     assert index_of(largest.keys).tolist() == [offset + i for i in expected]
     assert largest.scores.tolist() == [scores[i] for i in expected]
     assert torch.equal(largest.keys, score_keys(largest.scores, index_of(largest.keys)))
+
+
+@pytest.mark.parametrize("k", [1, 7, 300, 4000, 29_000, 40_000])
+@pytest.mark.parametrize("kind", ["normal", "tying", "all the same", "largest in the sample", "smallest in the sample"])
+def test_pieces_so_large_that_a_sample_narrows_the_search(kind: str, k: int) -> None:
+    """Also where the sample says nothing of the rest: then all of it is searched."""
+    generator = torch.Generator().manual_seed(k)
+    scores = torch.randn(30_000, generator=generator)
+    if kind == "tying":
+        scores = torch.randint(-5, 6, (30_000,), generator=generator).float()
+    elif kind == "all the same":
+        scores.fill_(-2.0)
+    elif kind == "largest in the sample":
+        scores[::SAMPLE_STRIDE] *= 1e6
+    elif kind == "smallest in the sample":
+        scores[::SAMPLE_STRIDE] *= 1e-6
+    largest = LargestKeys(k, "cpu")
+    for begin in (0, 10_000, 20_000):
+        largest.add(scores[begin : begin + 10_000], begin)
+    magnitudes = scores.abs().tolist()
+    expected = sorted(sorted(range(30_000), key=lambda p: (-magnitudes[p], p))[:k])
+    assert index_of(largest.keys).tolist() == expected
+    assert torch.equal(largest.scores, scores[expected])
 
 
 def test_strided_pieces_and_gradients_are_read_as_they_are() -> None:
