@@ -290,17 +290,18 @@ class LargestKeys:
 def _smallest_positions(distances: Tensor, k: int, limit: int) -> Tensor:
     """Positions of the k smallest distances (or fewer) that are <= limit, ties by ascending position; ascending."""
     guess = min(limit, _probable_bound(distances, k))
-    positions = (distances <= guess).nonzero().view(-1)
-    if positions.numel() < k and guess < limit:
-        positions = (distances <= limit).nonzero().view(-1)
-    if positions.numel() > k:
-        near = distances[positions]
+    chosen = distances <= guess
+    num_chosen = int(chosen.count_nonzero())
+    if num_chosen < k and guess < limit:
+        chosen = distances <= limit
+        num_chosen = int(chosen.count_nonzero())
+    if num_chosen > k:
+        near = distances[chosen] if num_chosen < distances.numel() // 4 else distances
         kth = kth_smallest_key(near, k, _alone, num_bits=SCORE_BITS)
-        chosen = near < kth
-        tied = (near == kth).nonzero().view(-1)
+        torch.lt(distances, kth, out=chosen)
+        tied = (distances == kth).nonzero().view(-1)
         chosen[tied[: k - int(chosen.count_nonzero())]] = True
-        positions = positions[chosen]
-    return positions
+    return chosen.nonzero().view(-1)
 
 
 def _probable_bound(distances: Tensor, k: int) -> int:

@@ -7,7 +7,8 @@ products in between are those of a dense model, bit for bit the same as with del
 batches the base in memory is always the base; whoever looks at it (events, checkpoints, held-out loss, the guard of the
 base) need not know of this.
 
-A 4-bit base is dequantized for each product, and is not held.
+A 4-bit base is dequantized for each product, and is not held; nor are deltas with compact indices, which would have to
+be kept decoded meanwhile.
 """
 
 from __future__ import annotations
@@ -20,16 +21,19 @@ from torch import nn
 
 from sparse_ds.distributed.zero3_partitions import is_whole, local_partition
 from sparse_ds.kernels.apply_deltas import deltas_applied
-from sparse_ds.sparse.index_storage import indices_of_pieces, stored_pieces
 from sparse_ds.sparse.sparse_linear import SparseLinear
 
 
 def layers_that_can_hold(layers: Iterable[nn.Module], device: torch.device) -> list[SparseLinear]:
-    """Those sparse layers whose weight is whole on this rank, on the device that computes; [] with several ranks."""
+    """Those sparse layers over a dense base whose weight is whole on this rank, on the device that computes; [] with
+    several ranks."""
     return [
         layer
         for layer in layers
-        if isinstance(layer, SparseLinear) and layer.weight is not None and is_whole(layer.weight, device)
+        if isinstance(layer, SparseLinear)
+        and layer.weight is not None
+        and layer.indices is not None
+        and is_whole(layer.weight, device)
     ]
 
 
@@ -40,7 +44,7 @@ def deltas_held(layers: Iterable[SparseLinear]) -> Iterator[None]:
     Values and indices must not change within a product's forward and backward, as ever. (The optimizer may step at the
     end of the context: what is taken out is not computed, but written back.)
 
-    Memory: one weight saved for each active one; no dense copy.
+    Memory: one weight saved for each active one, and of blocks the positions of their strips; no dense copy.
     Collectives: none.
 
     Args:
@@ -54,9 +58,9 @@ def deltas_held(layers: Iterable[SparseLinear]) -> Iterator[None]:
 
 @contextmanager
 def _held(layer: SparseLinear) -> Iterator[None]:
-    assert layer.weight is not None
+    assert layer.weight is not None and layer.indices is not None
     weight_OI = local_partition(layer.weight).view(layer.layout.num_rows, layer.layout.num_cols)
-    indices_U = indices_of_pieces(layer, [piece.partition for piece in stored_pieces(layer)])
+    indices_U = local_partition(layer.indices)[: layer.num_active // layer.layout.block_elements]
     deltas = layer.in_strips(indices_U, local_partition(layer.values)[: layer.num_active])
     with deltas_applied(weight_OI, *deltas):
         layer.held_weight = weight_OI

@@ -181,7 +181,7 @@ class PartitionProbe(TrainerCallback):
             copy = torch.zeros(parameter.ds_numel, dtype=parameter.dtype)
             self._expect_breach(what, message)
             del copy
-        # Last: for a moment after a gather the thread of gloo may still hold the buffer, which is a full tensor.
+        # Last: the gathered buffer, a full tensor, may outlive its context for a moment.
         with deepspeed.zero.GatheredParameters([layer.indices]):
             self._expect_breach("gathered", "is AVAILABLE")
 
