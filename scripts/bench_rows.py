@@ -137,7 +137,7 @@ class Sparse(Row):
     optimizer: SparseSM3 | SparseAdamW
     estimation: EstimationPhase | None
     drop_and_grow: DropAndGrow | None
-    rotary: Callable[..., Any] | None
+    rotary: Callable[..., Any]
     holding: list[SparseLinear]
 
     def build(
@@ -164,10 +164,7 @@ class Sparse(Row):
         raise NotImplementedError
 
     def step(self, batch: Batch) -> Tensor:
-        theirs, modeling_llama.apply_rotary_pos_emb = (
-            modeling_llama.apply_rotary_pos_emb,
-            self.rotary or modeling_llama.apply_rotary_pos_emb,
-        )
+        theirs, modeling_llama.apply_rotary_pos_emb = modeling_llama.apply_rotary_pos_emb, self.rotary
         try:
             with deltas_held(self.holding):
                 return super().step(batch)
@@ -216,15 +213,13 @@ class Sparse(Row):
         return found
 
 
-def install_own_pieces(config: RunConfig, model: Any, device: torch.device) -> Callable[..., Any] | None:
-    """What a run with `train.compile` or `model.liger_kernels` computes with between the linear layers.
+def install_own_pieces(config: RunConfig, model: Any, device: torch.device) -> Callable[..., Any]:
+    """What a run computes with between the linear layers, the loss among it.
 
     Returns:
         The rotary embedding. It is a function of transformers' module, which all rows share: put it there for the time
-        of a step. None: the run has no such option.
+        of a step.
     """
-    if not (config.train.compile or config.model.liger_kernels):
-        return None
     theirs = modeling_llama.apply_rotary_pos_emb
     install_pieces(model, find_pieces(config, model, device))
     rotary, modeling_llama.apply_rotary_pos_emb = modeling_llama.apply_rotary_pos_emb, theirs
@@ -245,10 +240,11 @@ class WholeSparse(Sparse):
         return WholeParameters()
 
     def update(self) -> None:
+        self.values.take_gradients()
         self.optimizer.step()
         if isinstance(self.optimizer, SparseSM3):
             self.optimizer.finish_step()
-        self.values.zero_grad()
+        self.values.flat.grad = None
 
 
 class Peft(Row):

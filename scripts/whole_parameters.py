@@ -2,7 +2,7 @@
 
 With one rank the partition of a ZeRO-3 parameter is the whole tensor. Here `parameter.data` is that partition, and no
 engine gathers or releases anything: layers, optimizers, estimation phases and events are the project's own, and what is
-measured is their own cost. All values lie in one flat fp32 tensor, all their gradients in another.
+measured is their own cost. All values lie in one flat fp32 tensor; so do their gradients, but only for the optimizer.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ def hold(parameter: Parameter, content: Tensor) -> None:
 
 
 class FlatValues:
-    """One flat fp32 tensor for the values of all layers, and one for their gradients.
+    """One flat fp32 tensor for the values of all layers.
 
     Attributes:
-        flat: the parameter that the optimizer steps on; its gradient is always there.
+        flat: the parameter that the optimizer steps on.
         master: what lies where, as the project's optimizers and events ask for it.
     """
 
@@ -56,14 +56,13 @@ class FlatValues:
         num_elements = sum(parameter.numel() for parameter in parameters)
         device = parameters[0].device
         self.flat = Parameter(torch.zeros(num_elements, device=device))
-        self.flat.grad = torch.zeros(num_elements, device=device)
+        self._parameters = parameters
         self._positions: dict[int, tuple[int, int, int]] = {}
         begin = 0
         for parameter in parameters:
             end = begin + parameter.numel()
             self.flat.data[begin:end] = parameter.data
             hold(parameter, self.flat.data[begin:end])
-            parameter.grad = self.flat.grad[begin:end]
             self._positions[id(parameter)] = 0, begin, end - begin
             begin = end
         zero = SimpleNamespace(
@@ -74,10 +73,11 @@ class FlatValues:
         )
         self.master = MasterWeights(SimpleNamespace(optimizer=zero))
 
-    def zero_grad(self) -> None:
-        """In place: the layers' gradients are views, into which autograd adds."""
-        assert self.flat.grad is not None
-        self.flat.grad.zero_()
+    def take_gradients(self) -> None:
+        """Move the layers' gradients into that of `flat`; there is nothing else then."""
+        self.flat.grad = torch.cat([parameter.grad for parameter in self._parameters])
+        for parameter in self._parameters:
+            parameter.grad = None
 
 
 def put_base(made: dict[str, dict[str, Parameter]], tensors: dict[str, dict[str, Any]]) -> None:

@@ -23,10 +23,11 @@ Collectives, few for all matrices together (of sizes bounded by 256 MiB a rank; 
                                  batches and reduced once a step. Matrices that do not fit into 256 MiB: both in
                                  every micro batch
 
-Memory per rank: 16 bytes per candidate / R (index, step's g, sums of g and g^2), and on several ranks 8 per candidate
-(indices and gradients), together 256 MiB at most; between phases, and until the candidates are chosen, nothing.
-Transient: a tile; what the ranks have kept, 12 bytes per candidate and together 256 MiB at most; in backward of a layer
-8 bytes per candidate of that layer. `step` and the whole phase: 4 * N / R bytes besides.
+Memory per rank: 12 bytes per candidate / R (index, sums of g and g^2), from a layer's backward to the end of the step 4
+more (the step's g), and on several ranks 4 per candidate and in the same time 4 more (indices and gradients of all
+ranks), together 256 MiB at most; between phases, and until the candidates are chosen, nothing. Transient: a tile; what
+the ranks have kept, 12 bytes per candidate and together 256 MiB at most; in backward of a layer 8 bytes per candidate
+of that layer. `step` and the whole phase: 4 * N / R bytes besides.
 
 References: Scaling Sparse Fine-Tuning to Large Language Models (Ansell et al. 2024, arXiv 2401.16405), section 3.2 and
 Algorithm 1. Differs from the paper: with `micro_batch` the candidates come from the first micro batch of the step.
@@ -82,8 +83,8 @@ class _WholeCandidates:
     indices: Tensor
     """[U], of blocks where the layer has them."""
     row_boundaries: RowBoundaries
-    gradient: Tensor | None
-    """[S] fp32, this rank's gradient of the step so far; None where it goes into the step's right away."""
+    is_kept: bool
+    """For the whole phase: the gradients of a step are added up by each rank and reduced at its end."""
 
 
 class EstimationPhase:
@@ -124,9 +125,14 @@ class EstimationPhase:
         self._row_bytes = 0
         self.is_running = False
         """Whether a phase has begun whose event has not been yet."""
-        self._step_gradient = self._sum = self._sum_of_squares = torch.empty(0, device=device)
-        """Of the candidates that this rank owns, all matrices one after the other; empty until it is needed: the first
-        of them in backward, the sums not before the end of a step, when there are no activations."""
+        self._step_gradients: dict[str, Tensor] = {}
+        """[n * e] fp32 of the candidates that this rank owns: g of the step so far, of the layers that have had their
+        backward."""
+        self._rank_gradients: dict[str, Tensor] = {}
+        """[S] fp32 of all candidates: what this rank adds to g of the step, where the ranks' are reduced at its end."""
+        self._sum = self._sum_of_squares = torch.empty(0, device=device)
+        """Of the candidates that this rank owns, all matrices one after the other; empty until the end of the first
+        step, when there are no activations."""
 
     def begin_step(self) -> None:
         """Before the first micro batch of a step of a phase. Collectives: none."""
@@ -157,20 +163,17 @@ class EstimationPhase:
         if clip_coefficient is None:
             if self.num_counted_steps == 0:
                 self._candidates, self._accumulators, self._searches, self._whole = {}, {}, {}, {}
-            for whole in self._whole.values():
-                if whole.gradient is not None:
-                    whole.gradient.zero_()
-            self._step_gradient.zero_()
+            self._step_gradients, self._rank_gradients = {}, {}
             return
         if self._source == "step" and not self._candidates:
             self._search_accumulators()
         self._finish_searches()
         self._reduce_gradients()
+        gradients = self._take_step_gradients()
+        torch._foreach_mul_(gradients, clip_coefficient)
         self._make_sums()
-        self._step_gradient.mul_(clip_coefficient)
-        self._sum.add_(self._step_gradient)
-        self._sum_of_squares.addcmul_(self._step_gradient, self._step_gradient)
-        self._step_gradient.zero_()
+        torch._foreach_add_(self._by_layer(self._sum), gradients)
+        torch._foreach_addcmul_(self._by_layer(self._sum_of_squares), gradients, gradients)
         self.num_counted_steps += 1
 
     def finish_phase(self) -> None:
@@ -179,9 +182,9 @@ class EstimationPhase:
         if self._source == "phase":
             self._search_accumulators()
             self._finish_searches()
+            gradients = self._take_step_gradients()
             self._make_sums()
-            self._sum.add_(self._step_gradient)
-            self._step_gradient.zero_()
+            torch._foreach_add_(self._by_layer(self._sum), gradients)
 
     def sums(self, name: str) -> CandidateSums:
         """Of one matrix, between `finish_phase` and `forget`."""
@@ -205,18 +208,25 @@ class EstimationPhase:
         """After the event: give everything back."""
         self._candidates, self._accumulators, self._searches, self._whole = {}, {}, {}, {}
         self._row_bytes = 0
-        self._step_gradient = self._sum = self._sum_of_squares = torch.empty(0, device=self._device)
+        self._step_gradients, self._rank_gradients = {}, {}
+        self._sum = self._sum_of_squares = torch.empty(0, device=self._device)
         self.is_running = False
         self.num_counted_steps = 0
 
-    def _make_step_gradient(self) -> None:
-        if self._step_gradient.numel() < self._num_owned:
-            self._step_gradient = torch.zeros(self._num_owned, device=self._device)
-
     def _make_sums(self) -> None:
-        self._make_step_gradient()
         if self._sum.numel() < self._num_owned:
-            self._sum, self._sum_of_squares = (torch.zeros_like(self._step_gradient) for _ in range(2))
+            self._sum, self._sum_of_squares = (torch.zeros(self._num_owned, device=self._device) for _ in range(2))
+
+    def _by_layer(self, owned: Tensor) -> list[Tensor]:
+        return [owned[own] for own in self._slices.values()]
+
+    def _take_step_gradients(self) -> list[Tensor]:
+        """In the order of the layers; 0 for a layer that no micro batch of the step has run."""
+        found, self._step_gradients = self._step_gradients, {}
+        return [
+            found[name] if name in found else torch.zeros(own.stop - own.start, device=self._device)
+            for name, own in self._slices.items()
+        ]
 
     def _observe(self, name: str, operands: ProductOperands) -> None:
         """In backward of one layer. Collectives: those named in the module docstring, in the order of the graph."""
@@ -247,10 +257,9 @@ class EstimationPhase:
     def _finish_searches(self) -> None:
         """Collectives: those of `choose`, if there is a search."""
         searches, self._searches = self._searches, {}
-        self._make_step_gradient()
         for name, found in zip(searches, choose(list(searches.values())), strict=True):
             self._candidates[name] = found.indices
-            self._step_gradient[self._slices[name]].add_(found.gradient)
+            _add(self._step_gradients, name, found.gradient)
 
     def _add_gradient(self, name: str, operands: ProductOperands) -> None:
         """Collectives: at the first call of a phase one all-gather; for matrices that are not kept whole an all-gather
@@ -267,10 +276,10 @@ class EstimationPhase:
             choice=layer.path_choice,
             scratch_elements=self._tile_bytes // 16,
         )
-        if whole.gradient is not None:
-            whole.gradient.add_(gradient_S)
+        if whole.is_kept:
+            _add(self._rank_gradients, name, gradient_S)
         else:
-            self._step_gradient[self._slices[name]].add_(*reduce_to_slices([layer.values], [gradient_S]))
+            _add(self._step_gradients, name, *reduce_to_slices([layer.values], [gradient_S]))
 
     def _gather_candidates(self) -> dict[str, _WholeCandidates]:
         """The matrices that fit into KEPT_BYTES, in their order. Collectives: one all-gather with several ranks."""
@@ -285,9 +294,7 @@ class EstimationPhase:
         if not names:
             return {}
         return {
-            name: self._whole_candidates(
-                name, indices_U, torch.zeros(self._layers[name].layout.num_slots, device=self._device)
-            )
+            name: self._whole_candidates(name, indices_U, is_kept=True)
             for name, indices_U in zip(names, self._gather(names), strict=True)
         }
 
@@ -305,18 +312,29 @@ class EstimationPhase:
         layout = self._layers[name].layout
         return layout.grid.num_slots * layout.index_dtype.itemsize + 4 * layout.num_slots
 
-    def _whole_candidates(self, name: str, indices: Tensor, gradient_S: Tensor | None = None) -> _WholeCandidates:
+    def _whole_candidates(self, name: str, indices: Tensor, *, is_kept: bool = False) -> _WholeCandidates:
         layout = self._layers[name].layout
         indices_U = indices[: layout.grid.num_slots]
-        return _WholeCandidates(indices_U, cache(partial(layout.row_boundaries, indices_U)), gradient_S)
+        return _WholeCandidates(indices_U, cache(partial(layout.row_boundaries, indices_U)), is_kept)
 
     def _reduce_gradients(self) -> None:
         """Collectives: one reduce-scatter, if candidates are kept whole."""
-        names = [name for name, whole in self._whole.items() if whole.gradient is not None]
-        gradients = [gradient for whole in self._whole.values() if (gradient := whole.gradient) is not None]
+        names = [name for name, whole in self._whole.items() if whole.is_kept]
         if not names:
             return
+        gradients = [
+            self._rank_gradients.pop(name)
+            if name in self._rank_gradients
+            else torch.zeros(self._layers[name].layout.num_slots, device=self._device)
+            for name in names
+        ]
         for name, own in zip(names, reduce_to_slices([self._layers[n].values for n in names], gradients), strict=True):
-            self._step_gradient[self._slices[name]].add_(own)
-        for gradient in gradients:
-            gradient.zero_()
+            _add(self._step_gradients, name, own)
+
+
+def _add(sums: dict[str, Tensor], name: str, term: Tensor) -> None:
+    """Takes over the first term."""
+    if name in sums:
+        sums[name].add_(term)
+    else:
+        sums[name] = term

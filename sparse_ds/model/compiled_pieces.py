@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers.activations import ACT2FN
 
 from sparse_ds.config.errors import UserError
+from sparse_ds.model.chunked_loss import chunked_head_loss
 from sparse_ds.model.pieces import Gated, Pieces, eager_loss, eager_rms_norm, eager_rotary
 
 
@@ -46,7 +47,7 @@ def compiled_pieces(device: torch.device) -> Pieces:
         rms_norm=_compiled(eager_rms_norm),
         gated=gated,
         rotary=_compiled(eager_rotary),
-        loss=_compiled(eager_loss),
+        head_loss=chunked_head_loss(_compiled(eager_loss)),
     )
 
 

@@ -54,7 +54,9 @@ def liger_pieces() -> Pieces:
     def gated(activation: str) -> Gated | None:
         return {"silu": silu_gated, "swish": silu_gated, "gelu_pytorch_tanh": gelu_gated}.get(activation)
 
-    def head_loss(hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, softcap: float | None) -> Tensor:
+    def head_loss(
+        hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, divisor: Tensor | int, softcap: float | None
+    ) -> Tensor:
         total: Tensor = functional.liger_fused_linear_cross_entropy(
             hidden_TD,
             weight_VD,
@@ -65,6 +67,6 @@ def liger_pieces() -> Pieces:
             # Of the head's own gradient, where it trains: summed over the chunks in fp32.
             accum_dtype=torch.float32,
         )
-        return total
+        return total / divisor
 
     return Pieces(rms_norm, gated, rotary, head_loss=head_loss)

@@ -4,8 +4,9 @@
     rms_norm     x / rms(x) * weight                                       5 kernels, fp32 copies of the activations
     gated        activation(gate) * up                                     2 kernels
     rotary       queries and keys turned by their positions                8 kernels
-    loss         sum of the negative log-likelihoods, from the logits      fp32 copies of the logits
-    head_loss    the same from the hidden states: the logits never exist as a whole
+    head_loss    the loss, from the hidden states                          logits of all tokens, copies in fp32
+
+With a `head_loss` the logits of a micro batch need not exist as a whole (`chunked_loss`).
 
 The linear layers stay what they are: their parameters are gathered by hooks of ZeRO-3 around each module's forward, and
 no piece touches a parameter of a module that is not running. So the head, with a `head_loss`, computes the loss inside
@@ -37,19 +38,19 @@ Rotary = Callable[..., tuple[Tensor, Tensor]]
 """(q [B, heads, T, D], k, cos [B, T, D], sin) -> both, turned."""
 Loss = Callable[[Tensor, Tensor], Tensor]
 """(logits [T, V], labels [T]) -> sum over the labels that are not -100, fp32, 0-D."""
-HeadLoss = Callable[[Tensor, Tensor, Tensor, float | None], Tensor]
-"""(hidden [T, D], weight [V, D], labels [T], softcap) -> as `Loss`; `softcap`: of the logits (Gemma-2)."""
+HeadLoss = Callable[[Tensor, Tensor, Tensor, Tensor | int, float | None], Tensor]
+"""(hidden [T, D], weight [V, D], labels [T], divisor, softcap) -> the sum of `Loss` divided by `divisor`, the number of
+trained tokens; `softcap`: of the logits (Gemma-2)."""
 
 
 @dataclass(frozen=True)
 class Pieces:
     """See the module docstring; None: as transformers does it."""
 
-    rms_norm: RmsNorm
-    gated: Callable[[str], Gated | None]
+    rms_norm: RmsNorm | None = None
+    gated: Callable[[str], Gated | None] | None = None
     """By the name of the activation in config.json."""
-    rotary: Rotary | None
-    loss: Loss | None = None
+    rotary: Rotary | None = None
     head_loss: HeadLoss | None = None
 
 
@@ -68,9 +69,9 @@ def install_pieces(model: PreTrainedModel, pieces: Pieces) -> None:
     """
     config = model.config
     activation = getattr(config, "hidden_act", None) or config.hidden_activation
-    gated = pieces.gated(activation)
+    gated = None if pieces.gated is None else pieces.gated(activation)
     for module in model.modules():
-        if type(module) in NORMS:
+        if type(module) in NORMS and pieces.rms_norm is not None:
             eps: Any = module.eps if NORMS[type(module)] else module.variance_epsilon
             module.forward = partial(_norm, module, pieces.rms_norm, eps, NORMS[type(module)])
         elif isinstance(module, MLPS) and gated is not None:
@@ -86,8 +87,6 @@ def install_pieces(model: PreTrainedModel, pieces: Pieces) -> None:
         model.lm_head.forward = partial(_head, model.lm_head, pieces.head_loss, softcap)
         # transformers looks at the signature of the forward pass.
         model.forward = update_wrapper(partial(_forward_with_loss_in_head, model, model.forward), model.forward)
-    elif pieces.loss is not None:
-        model.loss_function = partial(_token_mean, pieces.loss)
 
 
 def shifted_labels(labels_BT: Tensor) -> Tensor:
@@ -105,26 +104,25 @@ def _gated_mlp(module: Any, gated: Gated, hidden_states: Tensor) -> Tensor:
     return output
 
 
-def _token_mean(loss: Loss, logits: Tensor, labels: Tensor, vocab_size: int, **kwargs: Any) -> Tensor:
-    """In place of transformers' `ForCausalLMLoss`."""
-    shifted = shifted_labels(labels)
-    return _divided(loss(logits.view(-1, vocab_size), shifted), shifted, kwargs.get("num_items_in_batch"))
-
-
-def _divided(total: Tensor, labels: Tensor, num_items: Tensor | int | None) -> Tensor:
-    """By the number of trained tokens: of the global batch where it is given, else of these."""
+def _divisor(labels: Tensor, num_items: Tensor | int | None) -> Tensor | int:
+    """The number of trained tokens: of the global batch where it is given, else of these."""
     if num_items is None:
-        return total / (labels != -100).sum()
-    return total / (num_items.to(total.device) if isinstance(num_items, Tensor) else num_items)
+        return (labels != -100).sum()
+    return num_items.to(labels.device) if isinstance(num_items, Tensor) else num_items
 
 
 def _head(
-    module: nn.Linear, head_loss: HeadLoss, softcap: float | None, hidden_states: Tensor, labels: Tensor | None = None
+    module: nn.Linear,
+    head_loss: HeadLoss,
+    softcap: float | None,
+    hidden_states: Tensor,
+    labels: Tensor | None = None,
+    divisor: Tensor | int = 1,
 ) -> Tensor:
-    """The logits, or, where labels are given, the sum of the negative log-likelihoods."""
+    """The logits, or, where labels are given, the sum of the negative log-likelihoods divided by `divisor`."""
     if labels is None:
         return F.linear(hidden_states, module.weight, module.bias)
-    return head_loss(hidden_states.flatten(0, -2), module.weight, labels, softcap)
+    return head_loss(hidden_states.flatten(0, -2), module.weight, labels, divisor, softcap)
 
 
 def _forward_with_loss_in_head(
@@ -136,8 +134,8 @@ def _forward_with_loss_in_head(
     num_items = kwargs.pop("num_items_in_batch", None)
     outputs = model.model(*args, **kwargs)
     shifted = shifted_labels(labels)
-    total = model.lm_head(outputs.last_hidden_state, labels=shifted)
-    return CausalLMOutputWithPast(loss=_divided(total, shifted, num_items))
+    loss = model.lm_head(outputs.last_hidden_state, labels=shifted, divisor=_divisor(shifted, num_items))
+    return CausalLMOutputWithPast(loss=loss)
 
 
 def eager_rms_norm(hidden_states: Tensor, weight: Tensor, eps: float, adds_one: bool) -> Tensor:

@@ -219,9 +219,7 @@ class _SparseLinearFunction(torch.autograd.Function):
         layout = layer.layout
         grad_input = grad_values = grad_bias = None
         indices_U = layer.active_indices if ctx.needs_input_grad[0] or ctx.needs_input_grad[1] else None
-        if ctx.needs_input_grad[0]:
-            with layer.merged_weight(indices_U) as weight_OI:
-                grad_input = grad_output.matmul(weight_OI)
+        # The values first: the transposes that it takes are gone before the gradient of the input is there.
         if ctx.needs_input_grad[1]:
             assert indices_U is not None
             operands = ProductOperands(
@@ -233,6 +231,9 @@ class _SparseLinearFunction(torch.autograd.Function):
             operands.done()
             if layout.num_stored > layer.num_active:
                 grad_values = F.pad(grad_values, (0, layout.num_stored - layer.num_active))
+        if ctx.needs_input_grad[0]:
+            with layer.merged_weight(indices_U) as weight_OI:
+                grad_input = grad_output.matmul(weight_OI)
         if ctx.needs_input_grad[2]:
             grad_bias = grad_output.reshape(-1, layout.num_rows).sum(0)
         return grad_input, grad_values, grad_bias, None, None

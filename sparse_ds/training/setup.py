@@ -34,11 +34,12 @@ from sparse_ds.model.build import (
     plan_vector_layouts,
 )
 from sparse_ds.model.classification_head import Classification, initial_head, install_head
+from sparse_ds.model.chunked_loss import chunked_head_loss
 from sparse_ds.model.compiled_pieces import compiled_pieces
 from sparse_ds.model.kinds import KINDS
 from sparse_ds.model.liger_pieces import liger_pieces
 from sparse_ds.model.loading import LoadReport, load_base, planned_bytes
-from sparse_ds.model.pieces import Pieces, install_pieces
+from sparse_ds.model.pieces import Pieces, eager_loss, install_pieces
 from sparse_ds.model.targets import find_blocks
 from sparse_ds.monitor.peak_tflops import known_peak_tflops
 from sparse_ds.monitor.progress import ProgressBytes
@@ -124,8 +125,7 @@ def prepare_model(
     path_choice = AUTO
     with agreement("building the model"):
         model = empty_model(checkpoint, base, classification)
-        if config.model.liger_kernels or config.train.compile:
-            install_pieces(model, find_pieces(config, model, device))
+        install_pieces(model, find_pieces(config, model, device))
         num_weights = sum(parameter.numel() for parameter in model.parameters())
         trains_all, num_head_weights = all_methods()[config.method.name].trains_all, 0
         if classification is not None:
@@ -218,11 +218,13 @@ def choose_path(config: RunConfig, layouts: Mapping[str, SparseLayout]) -> PathC
 
 
 def find_pieces(config: RunConfig, model: PreTrainedModel, device: torch.device) -> Pieces:
-    """What the run computes with between the linear layers, where it is not transformers' own.
+    """What the run computes with between the linear layers, where it is not transformers' own: at least the loss.
 
     Raises:
         UserError: it cannot be had for this architecture, on this device or in this installation.
     """
+    if not (config.model.liger_kernels or config.train.compile):
+        return Pieces(head_loss=chunked_head_loss(eager_loss))
     field = "model.liger_kernels" if config.model.liger_kernels else "train.compile"
     if KINDS[model.config.model_type].is_encoder:
         raise UserError(

@@ -1,4 +1,4 @@
-"""Exchanged pieces, and a base that waits on the host, under ZeRO-3 on two ranks that gather block by block, against
+"""The loss in chunks, compiled pieces, and a base that waits on the host, under ZeRO-3 on two ranks that gather block by block, against
 the dense model of transformers in one process."""
 
 from __future__ import annotations
@@ -16,23 +16,19 @@ from transformers import AutoModelForCausalLM
 from sparse_ds.config import RunConfig, build_deepspeed_config
 from sparse_ds.distributed.process_group import rank, world_size
 from sparse_ds.embedded import resolve_model
+from sparse_ds.model import chunked_loss
 from sparse_ds.model.base_checkpoint import BaseCheckpoint
 from sparse_ds.model.find_base_model import find_base_model
-from sparse_ds.model.pieces import Pieces, eager_loss, eager_rms_norm, install_pieces
 from sparse_ds.selection.random_subset import random_subset
 from sparse_ds.training.setup import make_optimizer, prepare_model
 
 LAYERS = ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj")
 DENSITY, NUM_RANKS, ROWS, LENGTH, NUM_TOKENS = 0.01, 2, 2, 24, 50
+TOKENS_IN_CHUNK = 7
 # fp32: sums of some hundred terms in another order; the gradients' largest entries are about 0.1.
 TOLERANCE = 1e-5
 
 
-def head_loss(hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, softcap: float | None) -> Tensor:
-    return eager_loss(hidden_TD @ weight_VD.t(), labels_T)
-
-
-LOSS_IN_HEAD = Pieces(eager_rms_norm, lambda activation: None, None, head_loss=head_loss)
 
 
 def batch_of(rank: int, vocab_size: int) -> dict[str, Tensor]:
@@ -43,7 +39,7 @@ def batch_of(rank: int, vocab_size: int) -> dict[str, Tensor]:
 
 
 def one_step(
-    settings: dict[str, Any], pieces: Pieces | None, zero: dict[str, Any] | None = None
+    settings: dict[str, Any], zero: dict[str, Any] | None = None
 ) -> tuple[float, dict[str, list[float]]]:
     """Loss of this rank, and the gradients of the values of two layers."""
     config = RunConfig.model_validate(
@@ -58,8 +54,6 @@ def one_step(
     prepared = prepare_model(config, BaseCheckpoint(find_base_model("embedded", None)), torch.device("cpu"))
     assert prepared.gathered_block is not None
     model: Any = prepared.model
-    if pieces is not None:
-        install_pieces(model, pieces)
     if config.train.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     optimizer = make_optimizer(config, [layer.values for layer in prepared.layers.values()])
@@ -69,6 +63,7 @@ def one_step(
         config=build_deepspeed_config(config, world_size(), 64, prepared.gathered_block),
     )
     batch = batch_of(rank(), model.config.vocab_size)
+    chunked_loss.CHUNK_ELEMENTS["cpu"] = TOKENS_IN_CHUNK * model.config.vocab_size
     loss = engine(**batch, use_cache=False, num_items_in_batch=torch.tensor(NUM_TOKENS)).loss
     engine.backward(loss)
     gradients = {name: safe_get_full_grad(prepared.layers[name].values).tolist() for name in LAYERS}
@@ -77,12 +72,12 @@ def one_step(
 
 def all_variants() -> dict[str, tuple[float, dict[str, list[float]]]]:
     return {
-        "loss in the head, checkpointing": one_step({"gradient_checkpointing": True}, LOSS_IN_HEAD),
+        "checkpointing": one_step({"gradient_checkpointing": True}),
         "partitions on the host": one_step(
-            {"gradient_checkpointing": True}, None, {"offload_param": {"device": "cpu", "pin_memory": False}}
+            {"gradient_checkpointing": True}, {"offload_param": {"device": "cpu", "pin_memory": False}}
         ),
         # Last: the rotary embedding stays exchanged in this process.
-        "compiled, checkpointing": one_step({"compile": True, "gradient_checkpointing": True}, None),
+        "compiled, checkpointing": one_step({"compile": True, "gradient_checkpointing": True}),
     }
 
 

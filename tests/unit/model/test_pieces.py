@@ -78,25 +78,26 @@ def outcome(model: PreTrainedModel, **settings: Any) -> tuple[Tensor, list[Tenso
     return loss.detach(), list(torch.autograd.grad(loss, list(model.parameters())))
 
 
-def head_loss(hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, softcap: float | None) -> Tensor:
+def head_loss(
+    hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, divisor: Tensor | int, softcap: float | None
+) -> Tensor:
     """In plain torch."""
     logits = hidden_TD @ weight_VD.t()
-    return eager_loss(logits if softcap is None else softcap * torch.tanh(logits / softcap), labels_T)
+    return eager_loss(logits if softcap is None else softcap * torch.tanh(logits / softcap), labels_T) / divisor
 
 
 EAGER = Pieces(
     eager_rms_norm,
     lambda name: {"silu": lambda gate, up: torch.nn.functional.silu(gate) * up}.get(name),
     eager_rotary,
-    loss=eager_loss,
+    head_loss=head_loss,
 )
 
 
-@pytest.mark.parametrize("where", ["loss of logits", "loss in the head"])
+@pytest.mark.parametrize("pieces", [EAGER, replace(EAGER, head_loss=None), Pieces(), Pieces(head_loss=head_loss)])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_pieces_in_their_places(name: str, where: str) -> None:
+def test_pieces_in_their_places(name: str, pieces: Pieces) -> None:
     """With plain functions as pieces nothing changes, with the divisor of a global batch and without."""
-    pieces = EAGER if where == "loss of logits" else replace(EAGER, loss=None, head_loss=head_loss)
     expected, model = make_model(name), make_model(name)
     outcomes = [outcome(expected, num_items_in_batch=NUM_ITEMS), outcome(expected)]
     install_pieces(model, pieces)
@@ -109,7 +110,7 @@ def test_pieces_in_their_places(name: str, where: str) -> None:
 def test_without_labels_there_are_logits(name: str) -> None:
     """In training too; and an answer can be generated."""
     expected, model = make_model(name), make_model(name)
-    install_pieces(model, replace(EAGER, loss=None, head_loss=head_loss))
+    install_pieces(model, EAGER)
     batch = make_batch()
     labels = batch.pop("labels")
     torch.testing.assert_close(model(**batch).logits, expected(**batch).logits, rtol=TOLERANCE, atol=TOLERANCE)

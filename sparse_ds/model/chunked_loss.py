@@ -1,0 +1,79 @@
+"""The loss in the head, some tokens at a time: the logits of a micro batch never exist as a whole.
+
+Forward computes the logits of a chunk of tokens, their loss and its gradient with respect to the hidden states, and
+keeps that gradient alone, which is as large as the hidden states. So the head's weight is not needed in backward; under
+ZeRO-3 it is gathered once in a micro batch instead of twice. The arithmetic in a chunk is that of the eager head and
+loss, with one rounding of the gradient at the same place.
+
+`torch.nn.functional.linear_cross_entropy` (2.13) does the same, but in bf16 on the CPU it multiplies in fp32. Measured
+for 1024 tokens, hidden size 1024, vocabulary 32,000, 2 cores, bf16: 1,900 ms and 140 MB, eager 550 ms and 393 MB, this
+420 ms and 50 MB. Nor does it know soft caps.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparse_ds.model.pieces import HeadLoss, Loss
+
+CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**24}
+"""Logits at a time. They and what is derived from them take 12 bytes each in bf16: 50 MB, on a GPU 200 MB."""
+
+
+def chunked_head_loss(loss: Loss) -> HeadLoss:
+    """`loss`, which sees the logits, as one that sees the hidden states.
+
+    A weight that trains gets its gradient from the logits as a whole: a gradient of its size for each chunk would cost
+    more than is won.
+    """
+
+    def head_loss(
+        hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, divisor: Tensor | int, softcap: float | None
+    ) -> Tensor:
+        if torch.is_grad_enabled() and hidden_TD.requires_grad and not weight_VD.requires_grad:
+            mean: Tensor = _ChunkedLoss.apply(hidden_TD, weight_VD, labels_T, divisor, softcap, loss)
+            return mean
+        return loss(_logits(hidden_TD, weight_VD, softcap), labels_T) / divisor
+
+    return head_loss
+
+
+def _logits(hidden_TD: Tensor, weight_VD: Tensor, softcap: float | None) -> Tensor:
+    logits_TV = F.linear(hidden_TD, weight_VD)
+    return logits_TV if softcap is None else torch.tanh(logits_TV / softcap) * softcap
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_TD: Tensor,
+        weight_VD: Tensor,
+        labels_T: Tensor,
+        divisor: Tensor | int,
+        softcap: float | None,
+        loss: Loss,
+    ) -> Tensor:
+        num_tokens, vocabulary_size = hidden_TD.shape[0], weight_VD.shape[0]
+        num_chunks = math.ceil(num_tokens * vocabulary_size / CHUNK_ELEMENTS.get(hidden_TD.device.type, 2**22))
+        gradient_TD = torch.empty_like(hidden_TD)
+        total = torch.zeros((), device=hidden_TD.device)
+        chunks = [tensor.chunk(num_chunks) for tensor in (hidden_TD, labels_T, gradient_TD)]
+        for hidden_CD, labels_C, gradient_CD in zip(*chunks, strict=True):
+            with torch.enable_grad():
+                leaf_CD = hidden_CD.detach().requires_grad_()
+                share = loss(_logits(leaf_CD, weight_VD.detach(), softcap), labels_C) / divisor
+            gradient_CD.copy_(*torch.autograd.grad(share, leaf_CD))
+            total += share.detach()
+        ctx.save_for_backward(gradient_TD)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient_TD,) = ctx.saved_tensors
+        return (gradient_TD * grad_outputs[0].to(gradient_TD.dtype), None, None, None, None, None)
