@@ -2,9 +2,8 @@
 
     for each block of rows with active weights:   scratch = dY[:, block]^T X,   gather
 
-Memory: the block, in a scratch buffer of at most SCRATCH_ELEMENTS elements (one row at least) that is made once per
-device and dtype and kept: 16 MiB in 16 bits on the CPU, 32 MiB in fp32. Fresh memory for every block would cost the CPU
-a page fault per 4 KiB.
+Memory: the block, in a scratch buffer of at most SCRATCH_ELEMENTS elements (one row at least) that all blocks of a
+matrix share: 16 MiB in 16 bits on the CPU, 32 MiB in fp32. (A buffer kept for all matrices made no step faster.)
 """
 
 from __future__ import annotations
@@ -23,8 +22,6 @@ small beside one layer of a 7B model (45 million weights); on a GPU, in fp32, it
 
 RowBoundaries = Callable[[int], Sequence[int]]
 """`boundaries(rows_per_block)`: positions in the ascending indices at which blocks of so many rows begin, and K."""
-
-_scratch: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
 
 def rows_per_block(num_rows: int, num_cols: int, scratch_elements: int | None = None) -> int:
@@ -67,7 +64,7 @@ def dense_values_gradient(
     """The gradient of K values; see `values_gradient` for arguments and result."""
     num_cols, num_rows = operands.num_cols, rows_per_block(operands.num_rows, operands.num_cols, scratch_elements)
     gradient_K = torch.empty(indices_K.numel(), dtype=torch.float32, device=indices_K.device)
-    scratch_BI = _scratch_block(operands.input_TI, num_rows, num_cols)
+    scratch_BI = operands.input_TI.new_empty(num_rows, num_cols, dtype=result_dtype(operands.input_TI))
     for block, (begin, end) in enumerate(pairwise(row_boundaries(num_rows))):
         if begin == end:
             continue
@@ -77,12 +74,3 @@ def dense_values_gradient(
             positions = positions - block * num_rows * num_cols
         gradient_K[begin:end] = dense_BI.view(-1).index_select(0, positions)
     return gradient_K
-
-
-def _scratch_block(input_TI: Tensor, num_rows: int, num_cols: int) -> Tensor:
-    """[num_rows, num_cols] of the scratch buffer, contents unspecified."""
-    key = input_TI.device, result_dtype(input_TI)
-    if key not in _scratch or _scratch[key].numel() < num_rows * num_cols:
-        _scratch.pop(key, None)
-        _scratch[key] = torch.empty(num_rows * num_cols, dtype=key[1], device=key[0])
-    return _scratch[key][: num_rows * num_cols].view(num_rows, num_cols)

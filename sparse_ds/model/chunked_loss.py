@@ -36,7 +36,9 @@ def chunked_head_loss(loss: Loss) -> HeadLoss:
         hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, divisor: Tensor | int, softcap: float | None
     ) -> Tensor:
         if torch.is_grad_enabled() and hidden_TD.requires_grad and not weight_VD.requires_grad:
-            mean: Tensor = _ChunkedLoss.apply(hidden_TD, weight_VD, labels_T, divisor, softcap, loss)
+            mean: Tensor = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]
+                hidden_TD, weight_VD, labels_T, divisor, softcap, loss
+            )
             return mean
         return loss(_logits(hidden_TD, weight_VD, softcap), labels_T) / divisor
 

@@ -33,8 +33,8 @@ from sparse_ds.model.build import (
     plan_layouts,
     plan_vector_layouts,
 )
-from sparse_ds.model.classification_head import Classification, initial_head, install_head
 from sparse_ds.model.chunked_loss import chunked_head_loss
+from sparse_ds.model.classification_head import Classification, initial_head, install_head
 from sparse_ds.model.compiled_pieces import compiled_pieces
 from sparse_ds.model.kinds import KINDS
 from sparse_ds.model.liger_pieces import liger_pieces

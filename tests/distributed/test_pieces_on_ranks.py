@@ -1,5 +1,5 @@
-"""The loss in chunks, compiled pieces, and a base that waits on the host, under ZeRO-3 on two ranks that gather block by block, against
-the dense model of transformers in one process."""
+"""The loss in chunks, compiled pieces, and a base that waits on the host, under ZeRO-3 on two ranks that gather block
+by block, against the dense model of transformers in one process."""
 
 from __future__ import annotations
 
@@ -29,8 +29,6 @@ TOKENS_IN_CHUNK = 7
 TOLERANCE = 1e-5
 
 
-
-
 def batch_of(rank: int, vocab_size: int) -> dict[str, Tensor]:
     ids = torch.randint(3, vocab_size, (ROWS, LENGTH), generator=torch.Generator().manual_seed(rank))
     labels = ids.clone()
@@ -38,9 +36,7 @@ def batch_of(rank: int, vocab_size: int) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
 
-def one_step(
-    settings: dict[str, Any], zero: dict[str, Any] | None = None
-) -> tuple[float, dict[str, list[float]]]:
+def one_step(settings: dict[str, Any], zero: dict[str, Any] | None = None) -> tuple[float, dict[str, list[float]]]:
     """Loss of this rank, and the gradients of the values of two layers."""
     config = RunConfig.model_validate(
         {

@@ -37,8 +37,7 @@ def test_blocks_are_the_rows_of_the_product(transposed_before: bool) -> None:
         torch.testing.assert_close(block, expected, rtol=1e-6, atol=1e-6)
 
 
-def test_one_buffer_serves_all_blocks_and_layers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dense_row_blocks, "_scratch", {})
+def test_one_buffer_serves_all_blocks_of_a_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dense_row_blocks, "SCRATCH_ELEMENTS", 100)
     written: list[tuple[int, int]] = []
     compute_block = dense_row_blocks.gradient_block
@@ -49,11 +48,11 @@ def test_one_buffer_serves_all_blocks_and_layers(monkeypatch: pytest.MonkeyPatch
         return block
 
     monkeypatch.setattr(dense_row_blocks, "gradient_block", noted)
-    for num_rows, num_cols in ((30, 20), (17, 9), (30, 20)):
+    for num_rows, num_cols, num_blocks in ((30, 20, 6), (17, 9, 2)):
+        written.clear()
         computed(*random_case(5, num_rows, num_cols, num_rows * num_cols), DENSE)
-    assert len({address for address, _ in written}) == 1 and max(size for _, size in written) <= 100
-    (buffer,) = dense_row_blocks._scratch.values()
-    assert buffer.numel() == 100
+        assert len(written) == num_blocks
+        assert len({address for address, _ in written}) == 1 and max(size for _, size in written) <= 100
 
 
 def test_a_row_wider_than_the_bound_is_a_block() -> None:
