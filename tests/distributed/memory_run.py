@@ -1,9 +1,12 @@
-"""Bytes that the CPU allocator holds, as torch's profiler records them: temporaries inside operators too."""
+"""Bytes of tensors: the peak of an action by the CPU allocator, as torch's profiler records it (temporaries inside
+operators too), and what is there now."""
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 
+import torch
 from torch.profiler import ProfilerActivity, profile
 
 
@@ -18,3 +21,16 @@ def peak_bytes(action: Callable[[], object]) -> int:
         peak = max(peak, held)
     del kept
     return peak
+
+
+def live_bytes() -> int:
+    """Of all tensors that Python knows, each storage once. (The profiler misses some releases of what was there before
+    it began, so a difference of its sums would not do.)"""
+    gc.collect()
+    storages = {}
+    for each in gc.get_objects():
+        # Of proxies and of tensors without data nobody may ask for the storage.
+        if type(each) in (torch.Tensor, torch.nn.Parameter) and each.device.type == "cpu":
+            storage = each.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())

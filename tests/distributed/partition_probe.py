@@ -21,7 +21,6 @@ from sparse_ds.config.schema import RunConfig
 from sparse_ds.distributed import process_group
 from sparse_ds.distributed.launch_environment import complete_environment
 from sparse_ds.drop_grow.weight_states import WeightStates
-from sparse_ds.kernels import dense_row_blocks
 from sparse_ds.optim.sm3 import SparseSM3
 from sparse_ds.sparse.sparse_linear import SparseLinear
 from sparse_ds.training import run as run_module
@@ -152,9 +151,6 @@ class PartitionProbe(TrainerCallback):
             size = self._partition_size(parameter)
             assert parameter.ds_tensor.numel() == size, f"{where}: {name}: {parameter.ds_tensor.numel()} of {size}"
         known = self._known_storages(where)
-        for scratch in dense_row_blocks._scratch.values():
-            assert scratch.numel() <= dense_row_blocks.SCRATCH_ELEMENTS, f"{where}: scratch of {scratch.numel()}"
-            known.add(scratch.untyped_storage().data_ptr())
         full_sizes, smallest_matrix = self._full_sizes()
         for tensor in _live_tensors():
             storage = tensor.untyped_storage()

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from exact_run import NUM_SAMPLES, ExactRun, run_config
-from memory_run import peak_bytes
+from memory_run import live_bytes, peak_bytes
 from ranks import run_ranks
 
 from sparse_ds.kernels import dense_row_blocks
@@ -34,6 +34,9 @@ SCRATCH_BYTES = 2**20
 FIXED_BYTES = 4 * 2**20
 """Sizes that do not grow with K or N: DeepSpeed's smallest bucket, histograms, tables of bias corrections, tokens."""
 
+HISTOGRAM_BYTES = 2**15
+"""And what else is small and the same for all sizes."""
+
 BYTES_PER_ACTIVE_WEIGHT = {
     # method: (peak while the run is made, peak of a step with an event). Measured: 32 and 121, 28 and 99, 32 and 45.
     "sft_ag": (36, 130),
@@ -48,13 +51,16 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 def measure(shape: tuple[int, int], method: str) -> dict[str, int]:
-    """Bytes: of construction, and the peak of each of four steps (two of estimation, the second with an event)."""
+    """Bytes: of construction, and of each of six steps (estimation, event, neither, and again) what it leaves behind and
+    its peak."""
     config = run_config(METHODS[method], num_ranks=1, accumulation=1, steps=6, density=DENSITY)
     runs: list[ExactRun] = []
     measured = {"construction": peak_bytes(lambda: runs.append(ExactRun(config, {"matrix": shape})))}
     (run,) = runs
     for step in range(1, 7):
+        before = live_bytes()
         measured[f"step {step}"] = peak_bytes(partial(run.train_step, step))
+        measured[f"held by step {step}"] = live_bytes() - before
     assert len(run.records) == (1 if method == "fisher" else 2)
     measured["num_active"] = run.layers["matrix"].num_active
     return measured
@@ -84,6 +90,17 @@ def test_memory_of_a_run(method: str, measured: dict[str, list[dict[str, int]]])
         for step in range(1, 7):
             bound = transient * num_active + TILE_BYTES + SCRATCH_BYTES + accumulator_bytes + allowed
             assert found[f"step {step}"] <= bound, f"{num_rows} x {num_cols}, step {step}"
+
+
+def test_memory_held_in_an_estimation_phase(measured: dict[str, list[dict[str, int]]]) -> None:
+    """Between two of its steps an index and two sums for each candidate; after the event the cohort of each active
+    weight, of which there are several now."""
+    for found in measured["sft_ag"]:
+        candidates_bytes = 12 * found["num_active"]
+        assert candidates_bytes <= found["held by step 4"] <= candidates_bytes + HISTOGRAM_BYTES
+        left_bytes = found["held by step 4"] + found["held by step 5"] - found["num_active"]
+        assert abs(left_bytes) <= HISTOGRAM_BYTES
+        assert abs(found["held by step 6"]) <= HISTOGRAM_BYTES
 
 
 @pytest.mark.parametrize("shape", SIZES)
