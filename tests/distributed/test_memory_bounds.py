@@ -51,7 +51,7 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 def measure(shape: tuple[int, int], method: str) -> dict[str, int]:
-    """Bytes: of construction, and of each of six steps (estimation, event, neither, and again) what it leaves behind and
+    """Bytes: of construction, and of each of six steps (estimation, event, neither, and again) what it leaves and
     its peak."""
     config = run_config(METHODS[method], num_ranks=1, accumulation=1, steps=6, density=DENSITY)
     runs: list[ExactRun] = []
