@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from sparse_ds.model.pieces import HeadLoss, Loss
 
@@ -75,6 +76,7 @@ class _ChunkedLoss(torch.autograd.Function):
         return total
 
     @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (gradient_TD,) = ctx.saved_tensors
         return (gradient_TD * grad_outputs[0].to(gradient_TD.dtype), None, None, None, None, None)
