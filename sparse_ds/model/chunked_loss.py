@@ -76,7 +76,7 @@ class _ChunkedLoss(torch.autograd.Function):
         return total
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (gradient_TD,) = ctx.saved_tensors
         return (gradient_TD * grad_outputs[0].to(gradient_TD.dtype), None, None, None, None, None)
