@@ -1,5 +1,6 @@
-"""What exchanged pieces (`train.compile`, `model.liger_kernels`) save of a step of a frozen Llama: forward and input
-gradient, as far as sparse training needs them, without any sparse layer, optimizer or ZeRO.
+"""What exchanged pieces save of a step of a frozen Llama: forward and input gradient, as far as sparse training needs
+them, without any sparse layer, optimizer or ZeRO. The loss in chunks, which every run has, alone, and with
+`train.compile` or `model.liger_kernels`.
 
 python scripts/bench_pieces.py --hidden 1024 --layers 4 --tokens 2x512 --dtype bfloat16
 python scripts/bench_pieces.py --device cuda --hidden 4096 --layers 4 --tokens 4x2048
@@ -22,9 +23,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama import modeling_llama
 
 from sparse_ds.config.errors import UserError
+from sparse_ds.model.chunked_loss import chunked_head_loss
 from sparse_ds.model.compiled_pieces import compiled_pieces
 from sparse_ds.model.liger_pieces import liger_pieces
-from sparse_ds.model.pieces import install_pieces
+from sparse_ds.model.pieces import Pieces, eager_loss, install_pieces
 
 HEAD_SIZE = 64
 ORIGINAL_ROTARY = modeling_llama.apply_rotary_pos_emb
@@ -44,7 +46,7 @@ def main() -> None:
     device = torch.device(arguments.device)
     rows, length = map(int, arguments.tokens.split("x"))
     # The rotary embedding is exchanged for the whole process: each model runs with the one that it was made with.
-    steps = {name: Step(name, arguments, device) for name in ("eager", "compiled", "liger")}
+    steps = {name: Step(name, arguments, device) for name in ("eager", "loss in chunks", "compiled", "liger")}
     found = {name: step for name, step in steps.items() if step.model is not None}
     generator = torch.Generator().manual_seed(0)
     embeddings = torch.randn(rows, length, arguments.hidden, generator=generator)
@@ -69,10 +71,13 @@ class Step:
         self.times_s: list[float] = []
         self.peak_bytes = 0
         try:
-            pieces = {"eager": None, "compiled": compiled_pieces, "liger": liger_pieces}[name]
             if name == "liger" and device.type != "cuda":
                 raise UserError("they need a GPU")
-            made = None if pieces is None else pieces(device) if name == "compiled" else pieces()
+            made: Pieces | None = None
+            if name == "loss in chunks":
+                made = Pieces(head_loss=chunked_head_loss(eager_loss))
+            elif name != "eager":
+                made = compiled_pieces(device) if name == "compiled" else liger_pieces()
         except UserError as error:
             print(f"{name}: left out ({error})")
             return
