@@ -63,7 +63,8 @@ class _ChunkedLoss(torch.autograd.Function):
         loss: Loss,
     ) -> Tensor:
         num_tokens, vocabulary_size = hidden_TD.shape[0], weight_VD.shape[0]
-        num_chunks = math.ceil(num_tokens * vocabulary_size / CHUNK_ELEMENTS.get(hidden_TD.device.type, 2**24))
+        chunk_elements = CHUNK_ELEMENTS.get(hidden_TD.device.type, 2**24)
+        num_chunks = math.ceil(num_tokens * vocabulary_size / chunk_elements)
         gradient_TD = torch.empty_like(hidden_TD)
         total = torch.zeros((), device=hidden_TD.device)
         chunks = [tensor.chunk(num_chunks) for tensor in (hidden_TD, labels_T, gradient_TD)]
