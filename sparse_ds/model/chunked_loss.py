@@ -22,8 +22,8 @@ from torch.autograd.function import once_differentiable
 from sparse_ds.model.pieces import HeadLoss, Loss
 
 CHUNK_ELEMENTS = {"cpu": 2**23, "cuda": 2**24}
-"""Logits at a time. They and what is derived from them take 12 bytes each: 100 MB, on a GPU 200 MB (not measured there).
-With half as many the products of fp32 on the CPU take 10 % longer."""
+"""Logits at a time. They and what is derived from them take 12 bytes each: 100 MB, on a GPU (not measured) 200 MB. With
+half as many the products of fp32 on the CPU take 10 % longer."""
 
 
 def chunked_head_loss(loss: Loss) -> HeadLoss:
