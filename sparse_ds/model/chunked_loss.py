@@ -4,9 +4,8 @@ Forward computes the logits of a chunk of tokens, their loss and its gradient wi
 keeps that gradient alone, which is as large as the hidden states. The arithmetic in a chunk is that of the eager head
 and loss, with one rounding of the gradient at the same place.
 
-`torch.nn.functional.linear_cross_entropy` (2.13) does the same, but in bf16 on the CPU it multiplies in fp32. Measured
-for 1024 tokens, hidden size 1024, vocabulary 32,000, 2 cores, bf16: 1,900 ms and 140 MB, eager 550 ms and 393 MB, this
-417 ms and 50 MB. Nor does it know soft caps.
+`torch.nn.functional.linear_cross_entropy` (2.13) does the same, but in bf16 on the CPU it casts the weight and multiplies
+in fp32, and it knows no soft caps.
 """
 
 from __future__ import annotations
