@@ -3,7 +3,7 @@
     for each block of rows with active weights:   scratch = dY[:, block]^T X,   gather
 
 Memory: the block, in a scratch buffer of at most SCRATCH_ELEMENTS elements (one row at least) that all blocks of a
-matrix share: 16 MiB in 16 bits on the CPU, 32 MiB in fp32. (On the CPU a buffer kept for all made no step faster.)
+matrix share: 16 MiB in 16 bits on the CPU, 32 MiB in fp32. (On the CPU one that is kept made no step faster.)
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@ Forward computes the logits of a chunk of tokens, their loss and its gradient wi
 keeps that gradient alone, which is as large as the hidden states. The arithmetic in a chunk is that of the eager head
 and loss, with one rounding of the gradient at the same place.
 
-`torch.nn.functional.linear_cross_entropy` (2.13) does the same, but in bf16 on the CPU it casts the weight and multiplies
-in fp32, and it knows no soft caps.
+`torch.nn.functional.linear_cross_entropy` (2.13) does the same, but in bf16 on the CPU it casts the weight and
+multiplies in fp32, and it knows no soft caps.
 """
 
 from __future__ import annotations
