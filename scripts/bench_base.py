@@ -18,6 +18,7 @@ from torch.nn import Parameter
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sparse_ds.kernels.nf4 import quantize_nf4
+from sparse_ds.training.setup import checkpoint_activations
 
 SHAPES = {
     "tiny": LlamaShape(64, 192, 2, 4, 2, 256),
@@ -64,7 +65,7 @@ class FrozenBase:
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=self.dtype)
         model.train()
         if checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": False})
+            checkpoint_activations(model)
         return model
 
     def fill(self, model: nn.Module) -> None:

@@ -230,7 +230,7 @@ class WriteMetrics(TrainerCallback):
         return self._throughput(self._num_tokens, self._num_pairs, self.train_wall_s)
 
     def _throughput(self, num_tokens: int, num_pairs: int, wall_s: float) -> Throughput:
-        is_recomputed = self._trainer.args.activation_checkpointing
+        is_recomputed = self._trainer.model.is_activation_checkpointing
         return throughput(
             num_tokens=num_tokens,
             model_flops=self._flops.of(num_tokens, num_pairs),

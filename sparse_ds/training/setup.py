@@ -157,6 +157,8 @@ def prepare_model(
     num_sparse = sum(layer.num_active for layer in layers.values())
     num_trained = num_sparse + num_head_weights if layouts else num_weights
     gathered_block = gather_blocks_if_better(config, model) if layouts else None
+    if config.train.gradient_checkpointing:
+        checkpoint_activations(model)
     return PreparedModel(model, layers, num_trained, num_weights, loaded, classification, gathered_block)
 
 
@@ -174,6 +176,16 @@ def sparse_settings(config: RunConfig) -> SparseSettings:
         train_norms=method.train_norms,
         index_storage=method.index_storage,
     )
+
+
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Keep only the input of each transformer block, and compute the rest again in backward.
+
+    transformers also lets the output of the embedding require a gradient, which the kind of checkpointing that enters
+    autograd anew would need. Here it would only make ZeRO-3 gather a frozen embedding again, at the end of backward.
+    """
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    model.disable_input_require_grads()
 
 
 def gather_blocks_if_better(config: RunConfig, model: nn.Module) -> BlockSizes | None:
@@ -283,8 +295,6 @@ def make_training_arguments(
         use_cpu=device.type == "cpu",
         seed=config.train.seed,
         data_seed=config.train.seed,
-        activation_checkpointing=config.train.gradient_checkpointing,
-        activation_checkpointing_kwargs={"use_reentrant": False} if config.train.gradient_checkpointing else None,
         logging_steps=config.monitor.log_interval_steps,
         logging_nan_inf_filter=False,
         eval_strategy="no" if config.train.eval_interval_steps is None or config.data.eval is None else "steps",

@@ -50,8 +50,6 @@ def one_step(settings: dict[str, Any], zero: dict[str, Any] | None = None) -> tu
     prepared = prepare_model(config, BaseCheckpoint(find_base_model("embedded", None)), torch.device("cpu"))
     assert prepared.gathered_block is not None
     model: Any = prepared.model
-    if config.train.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
     optimizer = make_optimizer(config, [layer.values for layer in prepared.layers.values()])
     engine, *_ = deepspeed.initialize(
         model=model,

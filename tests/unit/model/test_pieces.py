@@ -130,7 +130,7 @@ def test_compiled_pieces_compute_the_same(name: str) -> None:
     """A whole model in fp32, with activation checkpointing. (A Llama on two ranks: tests/distributed.)"""
     expected, model = make_model(name), make_model(name)
     install_pieces(model, compiled_pieces(torch.device("cpu")))
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.activation_checkpointing_enable({"use_reentrant": False})
     for num_items in (NUM_ITEMS, torch.tensor(50)):
         found = outcome(model, num_items_in_batch=num_items)
         torch.testing.assert_close(
