@@ -71,9 +71,9 @@ def test_the_same_run(checkpointing: bool, tmp_path: Path) -> None:
     (put,) = run_ranks(1, train, tmp_path, checkpointing, False, join_group=False)
     num_micro_batches = NUM_STEPS * ACCUMULATION
     assert held.pop("puts") == {"held": num_micro_batches * NUM_LAYERS, "for a product": 0}
-    # Forward and backward, or forward, forward again and backward. Without checkpointing q, k and v of the first block
-    # need no gradient of their input.
-    per_micro_batch = NUM_LAYERS * 3 if checkpointing else NUM_LAYERS * 2 - 3
+    # Forward and backward, or forward, forward again and backward. q, k and v of the first block need no gradient of
+    # their input.
+    per_micro_batch = NUM_LAYERS * (3 if checkpointing else 2) - 3
     assert put.pop("puts") == {"held": 0, "for a product": num_micro_batches * per_micro_batch}
     assert len(held["hashes"]) == 2 and len(held["losses"]) == NUM_STEPS
     assert held == put
