@@ -211,8 +211,11 @@ def record(case: Case) -> Recorded:
     engine, model, layers = started.engine, started.model, started.layers
     ids = torch.arange(NUM_TOKENS).view(1, -1)
 
-    for _ in range(NUM_UNRECORDED_STEPS):
+    def micro_batch() -> None:
         engine.backward(engine(input_ids=ids, labels=ids).loss)
+
+    for _ in range(NUM_UNRECORDED_STEPS):
+        micro_batch()
         engine.step()
     others = world_size() - 1
     recorded = Recorded(num_linears=len(layers))
@@ -241,7 +244,7 @@ def record(case: Case) -> Recorded:
     recorded.block_bytes = sum(p.ds_tensor.nbytes for p in model.get_submodule("model.layers").parameters()) * others
     recorded.num_active = sum(full_size(layer.values) for layer in layers.values())
     with profile(activities=[ProfilerActivity.CPU]) as trace, python_reads() as reads:
-        engine.backward(engine(input_ids=ids, labels=ids).loss)
+        micro_batch()
     recorded.waits = {event.key: event.count for event in trace.key_averages() if event.key in WAITS}
     recorded.reads = reads
     engine.step()

@@ -33,8 +33,11 @@ def check(case: Case, recorded: Recorded, num_ranks: int) -> None:
     per_active = (12 + 2 * of_index) * (num_ranks - 1) / num_ranks
     assert recorded.other_bytes == 0
     assert sent <= 2 * recorded.base_bytes + per_active * recorded.num_active + ROUNDING_BYTES, case
-    # Embedding and head are not sent again in backward, where nobody needs them.
+    # Embedding and head are not sent again in backward, where nobody needs them: what is sent there is the blocks, with
+    # their indices and values, and the gradients.
     assert recorded.gathered_in_backward_bytes <= recorded.block_bytes + ROUNDING_BYTES, case
+    in_forward = recorded.base_bytes + (4 + of_index) * (num_ranks - 1) / num_ranks * recorded.num_active
+    assert sent - recorded.gathered_in_backward_bytes - recorded.reduced_bytes <= in_forward + ROUNDING_BYTES, case
     stored = recorded.index_bytes / (num_ranks - 1) / recorded.num_active
     assert stored == pytest.approx(of_index / num_ranks, rel=0.05)
     # The gradients, once, in fp32: the ledger sees what is sent.
